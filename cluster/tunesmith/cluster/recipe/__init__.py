@@ -1,0 +1,1 @@
+"""The recipe: schema, reading, overrides and the record of what was read."""

@@ -1,0 +1,291 @@
+"""The recipe: every key a user may write, with its meaning, unit and the reason for its default.
+
+Neither torch nor ray is imported here. The reference in docs/recipe.md is generated from these docstrings.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from tunesmith.cluster.recipe.section import Section
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Model(Section):
+    """The base model."""
+
+    base: Annotated[str, Field(min_length=1)]
+    """A hub id, a folder, `run:NAME` (the artifact of an earlier run in the same output folder) or `builtin:NAME`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id. None takes the default branch."""
+    quantization: Literal["nf4"] | None = None
+    """Holds the frozen base in 4-bit NormalFloat (QLoRA). Needs the adaptation `lora`."""
+    attention: Literal["auto", "reference"] = "auto"
+    """`auto` takes the fastest path that equals the reference; `reference` is the plain 4-D mask."""
+    router_aux_loss_coef: Annotated[float, Field(ge=0.0)] | None = None
+    """Weight of the load-balancing loss of a mixture-of-experts model. None takes the model's own."""
+
+
+class Source(Section):
+    """One data source."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A .jsonl, .json, .parquet or .csv file, a glob of them, a saved `datasets` folder, any fsspec URI of these, or a
+    hub id of a data set."""
+    weight: PositiveFloat | None = None
+    """Share of an epoch's rows that come from this source, relative to the other weights. Give it for all sources or for
+    none; with none, every row is seen once an epoch."""
+    split: str = "train"
+    """Which split of a hub data set or a `datasets` folder of several."""
+
+
+class Split(Section):
+    """Held-out shares of the training sources, chosen by a hash of each row: the same on every machine."""
+
+    validation: Fraction = 0.05
+    """Share of the rows held out for the evaluation loss. Not used when `data.validation` names sources."""
+    test: Fraction = 0.0
+    """Share of the rows never touched by training or model selection."""
+
+    @model_validator(mode="after")
+    def _leave_something_to_train(self) -> Split:
+        if self.validation + self.test >= 1.0:
+            raise ValueError(f"validation {self.validation} + test {self.test} leave no rows to train on")
+        return self
+
+
+class Data(Section):
+    """What is trained on."""
+
+    train: list[Source]
+    """A path, or a list of paths or `{path, weight, split}`."""
+    validation: list[Source] | None = None
+    """Held-out sources of their own; None holds out a share of `train` (see `data.split`)."""
+    template: Literal["tokenizer", "chatml", "llama3", "alpaca"] = "tokenizer"
+    """How conversations become text. `tokenizer` is the template that came with the model."""
+    loss_on: Literal["assistant", "all"] | None = None
+    """Which tokens are trained. None means the assistant's for `sft`, and every token for `cpt`."""
+    max_length: PositiveInt = 1024
+    """Tokens in a packed row, and the longest a single example may be. At most the model's context."""
+    long_rows: Literal["truncate", "drop", "split"] | None = None
+    """What happens to an example longer than `max_length`; each is counted. None means `truncate` for `sft` and `split`
+    (into several examples) for `cpt`."""
+    packing: bool = True
+    """Fills each row with several examples that cannot see each other. False gives each example a row of its own."""
+    split: Split = Split()
+    """Shares held out from `train`."""
+    max_bad_rows: Annotated[float, Field(ge=0.0)] = 0
+    """How many unusable rows may be set aside in quarantine.jsonl before the run stops: a count when 1 or more, a share
+    of all rows when below 1. 0, the default, stops at the first, because a silent loss of data is worse than a stop."""
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _paths_to_sources(cls, value: Any) -> Any:
+        if isinstance(value, str | dict):
+            value = [value]
+        if isinstance(value, list):
+            return [{"path": item} if isinstance(item, str) else item for item in value]
+        return value
+
+    @field_validator("train", "validation")
+    @classmethod
+    def _weights_for_all_or_none(cls, sources: list[Source] | None) -> list[Source] | None:
+        if sources is None:
+            return None
+        if not sources:
+            raise ValueError("an empty list: name at least one source")
+        weighted = [source.path for source in sources if source.weight is not None]
+        if weighted and len(weighted) < len(sources):
+            raise ValueError(f"{len(weighted)} of {len(sources)} sources have a weight: give one to all or to none")
+        return sources
+
+
+class Objective(Section):
+    """What is minimised. `objective: sft` is short for `objective: {kind: sft}`."""
+
+    kind: Literal["cpt", "sft"]
+    """`cpt` continues pre-training on every token; `sft` trains the assistant's answers."""
+
+
+class Full(Section):
+    """Every weight may change."""
+
+    kind: Literal["full"]
+    """`full`."""
+
+
+class Lora(Section):
+    """Low-rank updates beside frozen weights (Hu et al. 2021, arXiv:2106.09685)."""
+
+    kind: Literal["lora"]
+    """`lora`."""
+    rank: PositiveInt = 16
+    """Rank of each update."""
+    lora_alpha: PositiveFloat = 32
+    """The update is scaled by `lora_alpha / rank`."""
+    lora_dropout: Fraction = 0.0
+    """Dropout before the update. 0 keeps training deterministic and is the usual choice for large data."""
+    target_modules: str | list[str] = "all-linear"
+    """`all-linear` (every linear layer but the head), a regular expression of full module names, or a list of name endings."""
+
+
+class EarlyStopping(Section):
+    """Stops when the metric no longer improves."""
+
+    metric: Literal["eval_loss"] = "eval_loss"
+    """The watched metric."""
+    patience: PositiveInt = 3
+    """Evaluations without improvement before the run stops."""
+    min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+    """Smallest decrease that counts as an improvement."""
+
+
+class Train(Section):
+    """How it is minimised."""
+
+    learning_rate: PositiveFloat = 2e-4
+    """Peak learning rate. The default suits LoRA; full fine-tuning wants about a tenth of it."""
+    epochs: PositiveFloat | None = None
+    """Passes over the training rows. Give this or `max_steps`; 1 when neither is given."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps."""
+    per_device_train_batch_size: PositiveInt = 1
+    """Rows a worker takes in one forward: packed rows of `data.max_length` tokens, or single examples without packing."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Forward/backward passes of each worker before an optimizer step."""
+    gradient_checkpointing: bool = False
+    """Recomputes activations in the backward pass: about a third more time for much less memory."""
+    optimizer: Literal["adamw"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay, on matrices only."""
+    adam_beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Fraction = 0.999
+    """Decay of the second moment."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Added to the denominator of the update."""
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    """Gradients are clipped to this global norm; 0 does not clip."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up; cosine and linear end at 0."""
+    warmup_ratio: Fraction | None = None
+    """Share of all steps over which the learning rate rises from 0. 0.03 when `warmup_steps` is not given either."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps over which the learning rate rises from 0."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Number format of weights and activations while training. `auto` is bf16 on GPUs and fp32 on CPUs."""
+    seed: int = 42
+    """Seeds initialisation, the order of the data, packing and dropout."""
+    eval_steps: PositiveInt | None = None
+    """Optimizer steps between evaluations. None evaluates at the end of each epoch. Always also at the last step."""
+    save_steps: PositiveInt = 100
+    """Optimizer steps between checkpoints: the most that a crash can cost. Always also at the last step."""
+    save_total_limit: PositiveInt = 2
+    """Newest checkpoints kept; the best one is kept besides."""
+    early_stopping: EarlyStopping | None = None
+    """Stops when the held-out loss no longer improves."""
+    load_best_model_at_end: bool | None = None
+    """Makes the artifact from the checkpoint with the lowest `eval_loss` instead of the last. None means: with early stopping."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts after lost workers that bring no new checkpoint before the run gives up."""
+
+    @model_validator(mode="after")
+    def _one_length_and_one_warmup(self) -> Train:
+        for first, second in (("epochs", "max_steps"), ("warmup_ratio", "warmup_steps")):
+            if getattr(self, first) is not None and getattr(self, second) is not None:
+                raise ValueError(f"{first} and {second} are both given: keep one")
+        return self
+
+
+class Cluster(Section):
+    """Where it runs."""
+
+    address: str | None = None
+    """Address of a running Ray cluster (`auto`, or host:port). None takes RAY_ADDRESS, or starts Ray on this machine."""
+    workers: PositiveInt = 1
+    """Training processes, one per accelerator; the batch is sharded over them."""
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] | None = None
+    """GPUs of each worker. None takes one if the cluster has any, else none."""
+    cpus_per_worker: PositiveFloat | None = None
+    """CPU cores of each worker. None shares this machine's cores among the workers."""
+    memory_gib_per_worker: PositiveFloat | None = None
+    """Host memory in GiB that each worker must be able to reserve. None reserves none."""
+    zero: Literal["auto", 0, 1, 2, 3] = "auto"
+    """DeepSpeed ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 weights too. `auto` is 0 on one worker, else 2."""
+    zero3_persistence_threshold: Annotated[int, Field(ge=0)] = 100_000
+    """Under ZeRO-3, parameters with fewer elements stay whole on every worker, which saves small messages."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where optimizer state (ZeRO 1-3) and weights (ZeRO-3) rest between uses. `nvme` needs ZeRO-3."""
+    nvme_path: str | None = None
+    """Folder on a local NVMe disk, for `offload: nvme`."""
+    timeout_s: PositiveInt = 1800
+    """Seconds a collective operation may wait for a worker before the attempt fails."""
+
+    @model_validator(mode="after")
+    def _offload_fits_the_stage(self) -> Cluster:
+        if self.offload == "nvme" and self.nvme_path is None:
+            raise ValueError("offload: nvme needs nvme_path, a folder on a local NVMe disk")
+        if self.offload == "nvme" and self.zero != 3:
+            raise ValueError(f"offload: nvme needs zero: 3, not zero: {self.zero}")
+        if self.offload == "cpu" and self.zero in (0, "auto"):
+            raise ValueError(f"offload: cpu needs zero: 1, 2 or 3, not zero: {self.zero}")
+        return self
+
+
+class Eval(Section):
+    """What is measured on held-out rows."""
+
+    max_rows: PositiveInt | None = None
+    """Most validation examples an evaluation reads. None reads all."""
+    parity_rows: PositiveInt = 8
+    """Held-out examples whose log-probabilities the parity receipt compares."""
+
+
+class Output(Section):
+    """Where it goes."""
+
+    dir: Annotated[str, Field(min_length=1)] = "runs"
+    """Folder of all runs; this one is written to `dir/name`. On a cluster of several nodes, a shared file system."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+    """Where metrics go besides metrics.jsonl."""
+
+
+class Recipe(Section):
+    """One run, from base model to artifact."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
+    """Name of the run and of its folder: lower-case letters, digits, `.`, `_` and `-`, at most 63."""
+    model: Model
+    """The base model."""
+    data: Data
+    """What is trained on."""
+    objective: Objective
+    """What is minimised."""
+    adaptation: Annotated[Full | Lora, Field(discriminator="kind")]
+    """What may change. `adaptation: lora` is short for `adaptation: {kind: lora}`."""
+    train: Train = Train()
+    """How it is minimised."""
+    cluster: Cluster = Cluster()
+    """Where it runs."""
+    eval: Eval = Eval()
+    """What is measured."""
+    output: Output = Output()
+    """Where it goes."""
+
+    @field_validator("objective", "adaptation", mode="before")
+    @classmethod
+    def _kind_alone(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _quantization_is_frozen(self) -> Recipe:
+        if self.model.quantization and self.adaptation.kind != "lora":
+            raise ValueError(
+                f"model.quantization: {self.model.quantization} freezes the base, so adaptation: {self.adaptation.kind} "
+                "could change nothing; use adaptation: lora"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""What training is: data, batches, objectives, adaptations, the loop, checkpoints and receipts."""
