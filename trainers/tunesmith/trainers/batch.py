@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from tunesmith.trainers.data.tokens import TokenStore
+
+if TYPE_CHECKING:
+    from tunesmith.trainers.data.tokens import TokenStore
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from tunesmith.trainers.data.tokens import TokenStore
 
 from tunesmith.trainers.batch import collate, idle
+from tunesmith.trainers.data.tokens import TokenStore
 from tunesmith.trainers.packing import pack
 from tunesmith.trainers.policy import sum_negative_logps
 

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from tunesmith.cluster.metrics import MetricsLog
-from tunesmith.cluster.runs import RunFolder
-from tunesmith.trainers.checkpoint import CheckpointStore
-from tunesmith.trainers.data.prepare import Prepared, prepare
 
 from tunesmith.cluster.errors import ChangedError, NonFiniteError
+from tunesmith.cluster.metrics import MetricsLog
 from tunesmith.cluster.recipe.load import recipe_hash, unread_error
 from tunesmith.cluster.recipe.schema import Recipe
+from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers import finish, zero
 from tunesmith.trainers.batch import Batch, collate, idle
+from tunesmith.trainers.checkpoint import CheckpointStore
+from tunesmith.trainers.data.prepare import Prepared, prepare
 from tunesmith.trainers.engine import build_engine
 from tunesmith.trainers.evaluate import HeldOut
 from tunesmith.trainers.gradients import GradientWatch
