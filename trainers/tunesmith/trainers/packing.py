@@ -1,0 +1,173 @@
+"""Which examples make up which micro-batch: a pure function of lengths, recipe and seed.
+
+The plan is the same on every worker and for every world size, so a run needs no sampler state: a step's micro-batches
+follow from its number alone, and resuming is exact. A *pack* is a list of example indices that share one row.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+Pack = tuple[int, ...]
+
+_WINDOW = 16_384  # examples packed together: enough for over 99 % fill, small enough to keep the order random
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The examples of each source and, where sources are weighted, their shares of an epoch."""
+
+    source_B: NDArray[np.int16]
+    weights: tuple[float, ...] | None = None
+
+    def epoch(self, epoch: int, seed: int) -> Indices:
+        """Shuffled example indices of one epoch.
+
+        Without weights every example appears once. With weights the epoch is as long as all sources together, and each
+        source fills its share, going through its own rows in shuffled passes that continue from epoch to epoch: no row
+        appears twice before every row of its source has appeared once.
+        """
+        if self.weights is None:
+            order = np.arange(len(self.source_B), dtype=np.int64)
+        else:
+            order = np.concatenate([self._draw(s, quota, epoch, seed) for s, quota in enumerate(self._quotas())])
+        return np.random.default_rng([seed, epoch, 1]).permutation(order)
+
+    def _quotas(self) -> list[int]:
+        """Rows of each source in an epoch, by largest remainder so that they add up."""
+        assert self.weights is not None
+        shares = np.array(self.weights) / sum(self.weights) * len(self.source_B)
+        quotas = np.floor(shares).astype(int)
+        for index in np.argsort(quotas - shares, kind="stable")[: len(self.source_B) - quotas.sum()]:
+            quotas[index] += 1
+        return quotas.tolist()
+
+    def _draw(self, source: int, quota: int, epoch: int, seed: int) -> Indices:
+        rows = np.flatnonzero(self.source_B == source)
+        if quota == 0 or len(rows) == 0:
+            return np.empty(0, dtype=np.int64)
+        first, last = epoch * quota, (epoch + 1) * quota
+        passes = range(first // len(rows), (last - 1) // len(rows) + 1)
+        drawn = np.concatenate([np.random.default_rng([seed, source, p, 2]).permutation(rows) for p in passes])
+        offset = passes.start * len(rows)
+        return drawn[first - offset : last - offset].astype(np.int64)
+
+
+def pack(order: Indices, length_B: NDArray[np.int64], capacity: int) -> list[Pack]:
+    """Best-fit decreasing bin packing within windows of the given order.
+
+    Args:
+        order: example indices.
+        length_B: tokens of every example.
+        capacity: tokens of a row.
+
+    Returns:
+        Packs whose lengths sum to at most `capacity`; each index of `order` in exactly one.
+
+    Source:
+        Johnson 1974; the fill is within 22 % of the optimum at worst and within a few per cent on text.
+    """
+    packs: list[Pack] = []
+    for start in range(0, len(order), _WINDOW):
+        window = order[start : start + _WINDOW]
+        by_length = window[np.argsort(-length_B[window], kind="stable")]
+        bins: list[list[int]] = []
+        room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
+        for index, length in zip(by_length.tolist(), length_B[by_length].tolist(), strict=True):
+            assert length <= capacity, f"example {index} has {length} tokens, a row {capacity}"
+            at = bisect_left(room, (length, -1))
+            if at < len(room):
+                left, bin_ = room.pop(at)
+                bins[bin_].append(index)
+            else:
+                left, bin_ = capacity, len(bins)
+                bins.append([index])
+            if left > length:
+                insort(room, (left - length, bin_))
+        packs += [tuple(bin_) for bin_ in bins]
+    return packs
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The micro-batches of one optimizer step.
+
+    Attributes:
+        epoch: which epoch the step belongs to, from 0.
+        packs: the packs of the step, at most `accumulation x world x rows`, in global order.
+    """
+
+    epoch: int
+    packs: tuple[Pack, ...]
+
+    def micro_batch(self, micro: int, rank: int, world: int, rows: int) -> tuple[Pack, ...]:
+        """Packs of one worker in one accumulation step; empty when a short last step has none left for it."""
+        first = (micro * world + rank) * rows
+        return self.packs[first : first + rows]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """All optimizer steps of a run.
+
+    Args:
+        length_B: tokens of every training example.
+        mixture: sources and weights.
+        capacity: tokens of a packed row; None gives each example a row of its own.
+        rows_per_step: rows of a global batch, `workers x per-device rows x accumulation`.
+        seed: seed of the order.
+    """
+
+    length_B: NDArray[np.int64]
+    mixture: Mixture
+    capacity: int | None
+    rows_per_step: int
+    seed: int
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    @lru_cache(maxsize=4)  # noqa: B019 - a plan lives as long as the run
+    def epoch_packs(self, epoch: int) -> list[Pack]:
+        """The packs of an epoch in the order they are trained."""
+        order = self.mixture.epoch(epoch, self.seed)
+        if self.capacity is None:
+            return [(int(index),) for index in order]
+        packs = pack(order, self.length_B, self.capacity)
+        shuffled = np.random.default_rng([self.seed, epoch, 3]).permutation(len(packs))
+        return [packs[index] for index in shuffled]
+
+    @lru_cache(maxsize=100_000)  # noqa: B019 - one number an epoch
+    def steps_in_epoch(self, epoch: int) -> int:
+        """Optimizer steps of an epoch; the last may hold fewer rows than the others."""
+        return -(-len(self.epoch_packs(epoch)) // self.rows_per_step)
+
+    def total_steps(self, epochs: float | None, max_steps: int | None) -> int:
+        """Steps of the whole run, from `max_steps` or else from (fractional) `epochs`."""
+        if max_steps is not None:
+            return max_steps
+        wanted = 1.0 if epochs is None else epochs
+        whole = int(wanted)
+        steps = sum(self.steps_in_epoch(epoch) for epoch in range(whole))
+        if wanted > whole:
+            steps += max(1, round(self.steps_in_epoch(whole) * (wanted - whole)))
+        return steps
+
+    def step(self, index: int) -> StepPlan:
+        """The plan of optimizer step `index`, counted from 0."""
+        epoch, within = 0, index
+        while within >= self.steps_in_epoch(epoch):
+            within -= self.steps_in_epoch(epoch)
+            epoch += 1
+        first = within * self.rows_per_step
+        return StepPlan(epoch, tuple(self.epoch_packs(epoch)[first : first + self.rows_per_step]))
+
+    def is_epoch_end(self, index: int) -> bool:
+        """Whether step `index` is the last of its epoch."""
+        return self.step(index).epoch != self.step(index + 1).epoch
