@@ -55,7 +55,8 @@ def documents(found: Iterable[Entry]) -> list[str]:
     """One text per entry, headed by what it documents."""
     heading = {"module": "module {0.name}", "class": "class {0.name}", "function": "def {0.name}{0.signature}"}
     return [
-        entry.text if entry.kind == "topic" else f"{heading[entry.kind].format(entry)}\n\n{entry.text}" for entry in found
+        entry.text if entry.kind == "topic" else f"{heading[entry.kind].format(entry)}\n\n{entry.text}"
+        for entry in found
     ]
 
 
@@ -67,7 +68,8 @@ def conversations(found: Iterable[Entry], limit: int) -> list[list[dict[str, str
     pairs = dict(pair for entry in found for pair in _questions(entry))
     picked = sorted(pairs, key=lambda question: hashlib.sha256(question.encode()).digest())[:limit]
     return [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": pairs[question]}] for question in picked
+        [{"role": "user", "content": question}, {"role": "assistant", "content": pairs[question]}]
+        for question in picked
     ]
 
 
