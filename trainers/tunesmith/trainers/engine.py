@@ -11,7 +11,7 @@ from torch import nn
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.trainers import attention, models, zero
 from tunesmith.trainers.models import BaseRef
-from tunesmith.trainers.moe import make_leaves, moe_blocks
+from tunesmith.trainers.moe import moe_blocks
 from tunesmith.trainers.policy import Policy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,18 +25,19 @@ def build_engine(recipe: Recipe, base: BaseRef, device: torch.device) -> Any:
     """
     on_gpu = device.type == "cuda"
     dtype = DTYPES[zero.precision(recipe, on_gpu)]
-    model = models.build(recipe, base, device=device, dtype=dtype, zero3=zero.stage(recipe.cluster) == 3)
+    config = zero.deepspeed_config(recipe, on_gpu)
+    is_zero3 = zero.stage(recipe.cluster) == 3
+    model = models.build(recipe, base, device=device, dtype=dtype, zero3=is_zero3, deepspeed_config=config)
     is_moe = bool(moe_blocks(model))
     policy = Policy(
         model,
         attention.choose(recipe.model.attention, device, dtype),
         recipe.model.router_aux_loss_coef if is_moe else None,
     )
-    make_leaves(policy)
     engine, *_ = deepspeed.initialize(
         model=policy,
         optimizer=_optimizer(recipe, policy),
-        config=zero.deepspeed_config(recipe, on_gpu),
+        config=config,
         dist_init_required=False,
     )
     return engine
