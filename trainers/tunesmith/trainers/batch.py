@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.trainers.data.tokens import TokenStore
+if TYPE_CHECKING:
+    from tunesmith.trainers.data.tokens import TokenStore
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ class Batch:
         """The same batch with its tensors on a device."""
         if device.type == "cpu":
             return self
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
 

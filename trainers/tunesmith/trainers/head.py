@@ -58,7 +58,9 @@ def install(lm_head: nn.Module, transform: LogitTransform) -> None:
     lm_head.forward = forward
 
 
-def label_logps(hidden_LD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_L: Tensor, transform: LogitTransform) -> Tensor:
+def label_logps(
+    hidden_LD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_L: Tensor, transform: LogitTransform
+) -> Tensor:
     """`log softmax(f(hidden @ weight.T + bias))[target]`, a chunk of labels at a time.
 
     Args:
@@ -96,7 +98,9 @@ class _LabelLogps(torch.autograd.Function):
             logps.append(logits_CV.gather(1, target_C[:, None])[:, 0] - normalizer_C)
             normalizers.append(normalizer_C)
             if ctx.slopes_ready:
-                slopes.append(_dlogits(logits_CV, normalizer_C, target_C, None, transform).to(weight_VD.dtype) @ weight_VD)
+                slopes.append(
+                    _dlogits(logits_CV, normalizer_C, target_C, None, transform).to(weight_VD.dtype) @ weight_VD
+                )
         slope_LD = torch.cat(slopes) if slopes else None
         ctx.save_for_backward(hidden_LD, weight_VD, bias_V, target_L, torch.cat(normalizers), slope_LD)
         ctx.transform = transform
@@ -115,7 +119,9 @@ class _LabelLogps(torch.autograd.Function):
         for hidden_CD, target_C in _chunks(hidden_LD, target_L, len(weight_VD)):
             rows = slice(at, at := at + len(target_C))
             logits_CV = _logits(hidden_CD, weight_VD, bias_V, ctx.transform)
-            dlogits_CV = _dlogits(logits_CV, normalizer_L[rows], target_C, grad_L[rows], ctx.transform).to(weight_VD.dtype)
+            dlogits_CV = _dlogits(logits_CV, normalizer_L[rows], target_C, grad_L[rows], ctx.transform).to(
+                weight_VD.dtype
+            )
             grad_hidden[rows] = dlogits_CV @ weight_VD
             if grad_weight is not None:
                 grad_weight.addmm_(dlogits_CV.T, hidden_CD)

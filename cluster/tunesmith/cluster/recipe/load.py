@@ -111,7 +111,9 @@ def _to_python(node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], path: Pa
         for key_node, value_node in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1
             if key in result:
-                raise RecipeError(f"{path}:{line}: {_dotted((*at, key))} is written twice, first on line {lines[(*at, key)]}")
+                raise RecipeError(
+                    f"{path}:{line}: {_dotted((*at, key))} is written twice, first on line {lines[(*at, key)]}"
+                )
             lines[(*at, key)] = line
             result[key] = _to_python(value_node, (*at, key), lines, path)
         return result
@@ -177,7 +179,9 @@ def _explain(error: ErrorDetails, origins: dict[KeyPath, str], path: str) -> str
     if error["type"] in ("literal_error", "union_tag_invalid"):
         allowed = (error.get("ctx") or {}).get("expected") or (error.get("ctx") or {}).get("expected_tags", "")
         given = error["input"].get("kind") if isinstance(error["input"], dict) else error["input"]
-        near = difflib.get_close_matches(str(given), [a.strip("' ") for a in allowed.replace(" or ", ",").split(",")], n=1)
+        near = difflib.get_close_matches(
+            str(given), [a.strip("' ") for a in allowed.replace(" or ", ",").split(",")], n=1
+        )
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{where}: {key}: {given!r} is not one of {allowed}{hint}"
     message = error["msg"].removeprefix("Value error, ")
@@ -192,9 +196,11 @@ def _written_path(loc: tuple[str | int, ...], origins: dict[KeyPath, str]) -> Ke
     kept: list[str | int] = []
     for index, part in enumerate(loc):
         is_last, candidate = index == len(loc) - 1, (*kept, part)
-        if candidate in origins or (is_last and isinstance(part, str) and not _is_tag(kept, part)):
-            kept.append(part)
-        elif not (isinstance(part, int) or _is_tag(kept, part)):
+        if (
+            candidate in origins
+            or (is_last and isinstance(part, str) and not _is_tag(kept, part))
+            or not (isinstance(part, int) or _is_tag(kept, part))
+        ):
             kept.append(part)
     return tuple(kept)
 

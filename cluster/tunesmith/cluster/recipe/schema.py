@@ -250,7 +250,7 @@ class Output(Section):
 
     dir: Annotated[str, Field(min_length=1)] = "runs"
     """Folder of all runs; this one is written to `dir/name`. On a cluster of several nodes, a shared file system."""
-    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=lambda: ["tensorboard"])
     """Where metrics go besides metrics.jsonl."""
 
 

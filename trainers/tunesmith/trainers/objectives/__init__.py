@@ -6,13 +6,16 @@ Adding one is a function in a module of its own, a line in `OBJECTIVES`, and a t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from tunesmith.trainers.batch import Batch
 from tunesmith.trainers.objectives.likelihood import negative_log_likelihood
 
-Objective = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
+if TYPE_CHECKING:
+    from tunesmith.trainers.batch import Batch
+
+Objective = Callable[[Tensor, "Batch"], tuple[Tensor, dict[str, Tensor]]]
 
 OBJECTIVES: dict[str, Objective] = {
     "cpt": negative_log_likelihood,  # every token is a label

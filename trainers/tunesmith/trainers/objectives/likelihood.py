@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from tunesmith.trainers.batch import Batch
+if TYPE_CHECKING:
+    from tunesmith.trainers.batch import Batch
 
 
 def negative_log_likelihood(logps_L: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

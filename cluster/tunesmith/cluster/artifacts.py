@@ -1,0 +1,130 @@
+"""What lies in a committed folder: its manifest, and the shapes of the receipts that ride in an artifact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tunesmith.cluster.errors import CheckpointError
+from tunesmith.cluster.storage import MANIFEST, FileRecord, manifest_digest, sha256_file
+
+
+class Manifest(BaseModel):
+    """The signature of a committed folder."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    kind: str
+    """`checkpoint`, `artifact`, `data`, ..."""
+    files: dict[str, FileRecord]
+    """Every file by its relative path: size in bytes and sha256."""
+    about: dict[str, Any] = Field(default_factory=dict)
+    """Whatever else the writer wanted known, such as step, world size and hashes."""
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a committed folder; the files themselves are not read (see `verify`).
+
+    Raises:
+        CheckpointError: there is no manifest, or it is not the one that was written.
+    """
+    path = folder / MANIFEST
+    try:
+        document = json.loads(path.read_bytes())
+        digest = document.pop("digest")
+        if manifest_digest(document) != digest:
+            raise CheckpointError(f"{path}: the manifest was changed after it was written")
+        files = {name: FileRecord(**record) for name, record in document.pop("files").items()}
+        manifest = Manifest(kind=document.pop("kind"), files=files, about=document)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise CheckpointError(f"{path}: not a manifest: {error}") from error
+    for name in manifest.files:
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise CheckpointError(f"{path}: names a file outside its folder: {name}")
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """Reads every file and compares it with the manifest, which is returned. Files beyond the manifest are ignored.
+
+    Raises:
+        CheckpointError: names the first file that is missing, of another size or of another hash.
+    """
+    manifest = read_manifest(folder)
+    for name, record in manifest.files.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != record.size:
+                raise CheckpointError(f"{path}: {size} bytes, but {record.size} were written")
+            digest = sha256_file(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror or error}") from error
+        if digest != record.sha256:
+            raise CheckpointError(f"{path}: sha256 {digest[:12]}…, but {record.sha256[:12]}… was written")
+    return manifest
+
+
+class SourceCounts(BaseModel):
+    """How much of one data source was trained on."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    source: str
+    """The source as the recipe names it."""
+    examples: int
+    """Examples read from it."""
+    tokens: int
+    """Tokens of these examples."""
+    trained_tokens: int
+    """Those of them that a loss was computed on."""
+
+
+class MaskReceipt(BaseModel):
+    """Which tokens were trained, counted after packing."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    passed: bool
+    """False when `problems` names any."""
+    problems: list[str] = Field(default_factory=list)
+    """What is wrong with the mask, as sentences."""
+    sources: list[SourceCounts] = Field(default_factory=list)
+    """Counts by data source."""
+    tokens: int = 0
+    """Tokens of all examples."""
+    trained_tokens: int = 0
+    """Those of them that a loss was computed on."""
+    assistant_turns: int = 0
+    """Assistant turns seen."""
+    turns_with_trained_end: int = 0
+    """Those whose end-of-turn token is trained; fewer than `assistant_turns` fails."""
+    examples: list[dict[str, Any]] = Field(default_factory=list)
+    """A few examples, token by token, as text and whether trained."""
+
+
+class ParityReceipt(BaseModel):
+    """Whether the artifact is the model that was trained, by log-probabilities of the same held-out rows."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    passed: bool
+    """False when `problems` names any."""
+    problems: list[str] = Field(default_factory=list)
+    """What disagrees, as sentences."""
+    rows: int = 0
+    """Held-out examples compared."""
+    tokens: int = 0
+    """Labelled tokens compared."""
+    tolerance: float = 0.0
+    """Largest difference of a token's log-probability (nats) that passes."""
+    differences: dict[str, float] = Field(default_factory=dict)
+    """Largest difference from the training forward, by way of loading: `artifact`, `merged`, ..."""
+    base_difference: float | None = None
+    """Largest difference from the untuned base; 0 means that nothing was learnt, and fails."""

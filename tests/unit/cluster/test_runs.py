@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunesmith.cluster.errors import FencedError, OutputError, RunBusyError
+from tunesmith.cluster.metrics import MetricsLog
+from tunesmith.cluster.runs import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "runs" / "bot")
+    folder.create()
+    return folder
+
+
+def test_a_second_command_is_told_who_is_at_work(run: RunFolder) -> None:
+    script = (
+        "import time; from pathlib import Path; from tunesmith.cluster.runs import RunFolder\n"
+        f"with RunFolder(Path({str(run.root)!r})).lock():\n    print('locked', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            with pytest.raises(RunBusyError, match=rf"run bot .* process {holder.pid} on .* since 20"), run.lock():
+                pass
+        finally:
+            holder.kill()
+    with run.lock():
+        pass
+
+
+def test_a_lock_on_a_discarded_folder_holds_nothing(run: RunFolder) -> None:
+    with run.lock():
+        assert run.discard_if_unused()
+        run.create()
+        with RunFolder(run.root).lock():
+            pass
+
+
+def test_a_newer_attempt_fences_the_older(run: RunFolder) -> None:
+    first = run.begin_attempt()
+    run.check_fence(first)
+    second = RunFolder(run.root).begin_attempt()
+    assert (first, second) == (1, 2)
+    with pytest.raises(FencedError, match="attempt 1 may not write, attempt 2 has taken over"):
+        run.check_fence(first)
+
+
+def test_a_request_to_stop_is_seen_until_it_is_taken_back(run: RunFolder) -> None:
+    assert not run.stop_requested()
+    run.request_stop()
+    assert RunFolder(run.root).stop_requested()
+    run.clear_stop()
+    assert not run.stop_requested()
+    run.clear_stop()
+
+
+def test_a_folder_in_which_nothing_was_trained_is_discarded_with_the_parents_it_brought(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "a" / "b" / "bot")
+    run.create()
+    run.recipe.write_text("name: bot")
+    assert run.discard_if_unused()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_an_earlier_command_is_never_discarded(run: RunFolder) -> None:
+    later = RunFolder(run.root)
+    later.create()
+    assert not later.discard_if_unused()
+    assert run.root.exists()
+
+
+def test_a_folder_in_which_something_was_trained_is_kept(run: RunFolder) -> None:
+    MetricsLog(run.metrics).append({"step": 1})
+    assert not run.discard_if_unused()
+
+
+def test_a_discarded_run_leaves_its_neighbours_alone(run: RunFolder) -> None:
+    other = RunFolder(run.root.parent / "other")
+    other.create()
+    assert run.discard_if_unused()
+    assert other.root.exists()
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match=r"file/bot: cannot be written"):
+        RunFolder(tmp_path / "file" / "bot").create()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="Permission denied"):
+        RunFolder(tmp_path / "bot").create()

@@ -1,0 +1,1 @@
+"""What may change: each adaptation is one module with `adapt(model, spec, ...)`."""

@@ -1,0 +1,351 @@
+"""The training loop: one worker's life from the recipe to the artifact, read from top to bottom.
+
+Ray Train starts it, but it knows only `torch.distributed` and a `report` callable. Nothing here is state that could be
+derived: the batches, the learning rate and the dropout of a step follow from its number, so a run that resumes from the
+checkpoint of step N goes on bit for bit as the unbroken one would have.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from tunesmith.cluster.errors import ChangedError, NonFiniteError
+from tunesmith.cluster.metrics import MetricsLog
+from tunesmith.cluster.recipe.load import recipe_hash, unread_error
+from tunesmith.cluster.recipe.schema import Recipe
+from tunesmith.cluster.runs import RunFolder
+from tunesmith.trainers import finish, zero
+from tunesmith.trainers.batch import Batch, collate, idle
+from tunesmith.trainers.checkpoint import CheckpointStore
+from tunesmith.trainers.data.prepare import Prepared, prepare
+from tunesmith.trainers.engine import build_engine
+from tunesmith.trainers.evaluate import HeldOut
+from tunesmith.trainers.gradients import GradientWatch
+from tunesmith.trainers.models import BaseRef
+from tunesmith.trainers.objectives import OBJECTIVES
+from tunesmith.trainers.packing import BatchPlan, Mixture, StepPlan
+from tunesmith.trainers.policy import score
+from tunesmith.trainers.schedule import Schedule
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What a worker is given; it pickles.
+
+    Attributes:
+        recipe: the keys that the user wrote.
+        read_keys: dotted keys that the driver has read.
+        run: folder of the run.
+        cache: folder of tokenised data.
+        base: the resolved base model.
+        attempt: number of this attempt; an older one may not write any more.
+        allow_change: whether the user insists on resuming with another recipe or other data.
+    """
+
+    recipe: dict[str, Any]
+    read_keys: list[str]
+    run: Path
+    cache: Path
+    base: BaseRef
+    attempt: int
+    allow_change: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a worker's run ended.
+
+    Attributes:
+        finished: False when it was asked to stop and has saved itself.
+        step: optimizer steps done.
+        metrics: `train_loss`, `eval_loss`, `tokens_per_second`; empty unless finished.
+    """
+
+    finished: bool
+    step: int
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass
+class Progress:
+    """What changes from step to step and is not in the weights; saved with each checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        best_loss: lowest held-out loss so far.
+        evaluations_without_gain: evaluations since the held-out loss last improved.
+        skipped_steps: steps that fp16 loss scaling left out.
+    """
+
+    step: int = 0
+    best_loss: float = math.inf
+    evaluations_without_gain: int = 0
+    skipped_steps: int = 0
+
+    def note_evaluation(self, loss: float, min_delta: float) -> bool:
+        """Takes in a held-out loss; returns whether it is the lowest so far."""
+        improved = loss < self.best_loss - min_delta
+        self.evaluations_without_gain = 0 if improved else self.evaluations_without_gain + 1
+        is_best = loss < self.best_loss
+        self.best_loss = min(loss, self.best_loss)
+        return is_best
+
+
+class Trainer:
+    """One worker. `run` is the story; the other methods are its sentences."""
+
+    def __init__(self, job: TrainJob, report: Report) -> None:
+        self.job, self.report = job, report
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
+        self.recipe = Recipe.model_validate(job.recipe)
+        self.recipe.forget_reads()
+        self.recipe.mark_read(job.read_keys)
+        self.run_folder = RunFolder(job.run)
+        self.metrics = MetricsLog(self.run_folder.metrics)
+        self.progress = Progress()
+
+    def set_up(self) -> None:
+        """Data, plan, model, engine and checkpoints; then every key the user wrote has been read, or the run stops."""
+        recipe, train = self.recipe, self.recipe.train
+        self.data: Prepared = prepare(recipe, self.job.base, self.job.cache)
+        self.rows = train.per_device_train_batch_size
+        self.accumulation = train.gradient_accumulation_steps
+        self.plan = _plan(recipe, self.data, self.world)
+        self.total_steps = self.plan.total_steps(train.epochs, train.max_steps)
+        self.schedule = Schedule.of(train, self.total_steps)
+        self.objective = OBJECTIVES[recipe.objective.kind]
+        self.held_out = _held_out(recipe, self.data)
+        self.eval_steps = train.eval_steps if self.held_out else None
+        self.early_stopping = train.early_stopping if self.held_out else None
+        use_best = train.load_best_model_at_end if self.held_out else False
+        self.use_best = self.early_stopping is not None if use_best is None else use_best
+        torch.manual_seed(train.seed)
+        self.engine: Any = build_engine(recipe, self.job.base, self.device)
+        self.watch = None if self.engine.fp16_enabled() else GradientWatch(self.engine.module)
+        self.checkpoints = CheckpointStore(
+            self.run_folder.checkpoints,
+            self.rank,
+            self.world,
+            self.job.attempt,
+            self.run_folder,
+            train.save_total_limit,
+        )
+        self.finisher = finish.Finisher(self)
+        self.logs = finish.open_logs(recipe, self.run_folder, self.rank)
+        if (error := unread_error(recipe)) is not None:
+            raise error
+
+    def resume(self) -> None:
+        """Goes on from the newest whole checkpoint, if there is one."""
+        found = self.checkpoints.newest()
+        if found is None:
+            return
+        path, manifest = found
+        about = manifest.about
+        if about["data_hash"] != self.data.fingerprint and not self.job.allow_change:
+            raise ChangedError(
+                f"{path.name} was made from other data than the run would go on with",
+                "Put the data back, start anew under another name, or insist with --allow-change.",
+            )
+        self.checkpoints.load(self.engine, path)
+        self.progress = Progress(**about["progress"])
+
+    def run(self) -> Outcome:
+        """Trains to the end, or until it is asked to stop."""
+        self.set_up()
+        self.resume()
+        self.finisher.before_training()
+        if self.rank == 0:
+            self.metrics.truncate_after(self.progress.step if self.progress.step else -1)
+        if self.progress.step == 0 and self.held_out:
+            self.log({"step": 0, "eval_loss": self.held_out.loss(self.engine, self.device)})
+        self.engine.train()
+        while self.progress.step < self.total_steps and not self.is_out_of_patience():
+            record, must_stop = self.step()
+            is_best = self.evaluate_if_due(record)
+            is_last = self.progress.step == self.total_steps or self.is_out_of_patience()
+            self.log(record)
+            if is_best or is_last or must_stop or self.progress.step % self.recipe.train.save_steps == 0:
+                self.save(record.get("eval_loss"))
+            if must_stop and not is_last:
+                return Outcome(finished=False, step=self.progress.step)
+        if self.use_best and (best := self.checkpoints.best()) is not None:
+            self.checkpoints.load(self.engine, best)
+        return Outcome(finished=True, step=self.progress.step, metrics=self.finisher.after_training())
+
+    def step(self) -> tuple[dict[str, Any], bool]:
+        """One optimizer step; returns its metrics and whether the run is asked to stop.
+
+        Raises:
+            NonFiniteError: a loss or gradient was NaN or infinite; no weight was changed.
+        """
+        began = time.perf_counter()
+        index = self.progress.step
+        plan = self.plan.step(index)
+        examples = [example for pack in plan.packs for example in pack]
+        labels = int(self.data.train.trained_counts[examples].sum())
+        tokens = int(self.data.train.lengths[examples].sum())
+        rate = self.schedule.learning_rate(index)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        totals = torch.zeros(4, dtype=torch.float64)  # loss, router loss, broken gradients, asked to stop
+        broken: list[int] = []
+        for micro in range(self.accumulation):
+            batch = self.micro_batch(plan, micro, max(1.0, labels))
+            losses, is_finite = self.forward_backward(batch, index, micro, len(batch.input_ids) / tokens)
+            totals[:2] += losses
+            if not is_finite:
+                broken += batch.examples
+            if micro < self.accumulation - 1:
+                self.engine.step()  # counts the micro-batch; the update comes at the boundary
+        totals[2] = bool(broken)
+        totals[3] = self.rank == 0 and self.run_folder.stop_requested()
+        totals = self.sum_over_workers(totals)
+        if totals[2]:
+            raise self.non_finite(index, broken)
+        self.engine.step()
+        self.progress.step += 1
+        self.progress.skipped_steps = self.engine.skipped_steps
+        seconds = time.perf_counter() - began
+        record = {
+            "step": self.progress.step,
+            "epoch": plan.epoch,
+            "loss": totals[0].item(),
+            **({"router_loss": totals[1].item()} if self.engine.module.has_router_loss else {}),
+            "learning_rate": rate,
+            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "tokens": tokens,
+            "labels": labels,
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "memory_gib": finish.memory_gib(self.device),
+            "skipped_rows": self.data.report.skipped_rows,
+            "checkpoint": self.checkpoints.last_saved,
+            "total_steps": self.total_steps,
+        }
+        return record, bool(totals[3])
+
+    def micro_batch(self, plan: StepPlan, micro: int, labels: float) -> Batch:
+        """This worker's rows of one accumulation step."""
+        packs = plan.micro_batch(micro, self.rank, self.world, self.rows)
+        if packs:
+            return collate(self.data.train, packs, labels).to(self.device)
+        return idle(collate(self.data.train, plan.packs[:1], labels)).to(self.device)
+
+    def forward_backward(self, batch: Batch, index: int, micro: int, token_share: float) -> tuple[torch.Tensor, bool]:
+        """Losses [2] of a micro-batch as shares of the step's loss, and whether they and their gradients are finite."""
+        torch.manual_seed(_dropout_seed(self.recipe.train.seed, index, micro, self.rank))
+        logps, aux_loss = score(self.engine, batch)
+        loss, _ = self.objective(logps, batch)
+        router_loss = torch.zeros((), device=self.device)
+        if aux_loss is not None and bool(batch.weights.any()):
+            router_loss = aux_loss * token_share
+        elif aux_loss is not None:
+            router_loss = aux_loss * 0.0
+        total = loss + router_loss
+        # DeepSpeed averages over micro-batches and workers; the normalizer has already divided by the whole batch.
+        self.engine.backward(total * (self.world * self.accumulation))
+        is_finite = bool(torch.isfinite(total)) and (self.watch is None or self.watch.is_finite())
+        return torch.stack([loss.detach(), router_loss.detach()]).double().cpu(), is_finite
+
+    def sum_over_workers(self, values: torch.Tensor) -> torch.Tensor:
+        """The element-wise sum over all workers, on the CPU."""
+        on_device = values.to(self.device)
+        dist.all_reduce(on_device)
+        return on_device.cpu()
+
+    def non_finite(self, index: int, broken: list[int]) -> NonFiniteError:
+        """The error that names the rows of every broken micro-batch, on all workers."""
+        found: list[list[int] | None] = [None] * self.world
+        dist.all_gather_object(found, broken)
+        rows = sorted({self.data.train.where(example) for part in found for example in part or []})
+        shown = ", ".join(rows[:20]) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
+        return NonFiniteError(
+            f"step {index + 1}: a loss or gradient is NaN or infinite; no weight was changed. Rows in that batch: {shown}",
+            "Look at these rows; else lower train.learning_rate, or use precision fp32 or bf16 instead of fp16.",
+        )
+
+    def evaluate_if_due(self, record: dict[str, Any]) -> bool:
+        """Adds the held-out loss to the record when it is due; returns whether it is the lowest so far."""
+        if self.held_out is None:
+            return False
+        step = self.progress.step
+        at_interval = step % self.eval_steps == 0 if self.eval_steps else self.plan.is_epoch_end(step - 1)
+        if not (at_interval or step == self.total_steps):
+            return False
+        record["eval_loss"] = self.held_out.loss(self.engine, self.device)
+        min_delta = self.early_stopping.min_delta if self.early_stopping else 0.0
+        return self.progress.note_evaluation(record["eval_loss"], min_delta)
+
+    def is_out_of_patience(self) -> bool:
+        """Whether the held-out loss has not improved for too long."""
+        return (
+            self.early_stopping is not None and self.progress.evaluations_without_gain >= self.early_stopping.patience
+        )
+
+    def save(self, eval_loss: float | None) -> None:
+        """Commits a checkpoint of this step."""
+        about = {
+            "progress": vars(self.progress),
+            "zero": zero.stage(self.recipe.cluster),
+            "seed": self.recipe.train.seed,
+            "recipe_hash": recipe_hash(self.recipe),
+            "data_hash": self.data.fingerprint,
+        }
+        self.checkpoints.save(self.engine, self.progress.step, about, eval_loss)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Writes a line of metrics and reports it."""
+        if self.rank == 0:
+            self.metrics.append(record)
+            self.logs.write(record)
+        self.report(record)
+
+
+def train(job: TrainJob, report: Report) -> Outcome:
+    """Runs one worker's part of a job; `torch.distributed` is initialised.
+
+    Args:
+        job: the same on every worker.
+        report: called with each step's metrics.
+
+    Raises:
+        TunesmithError: the run cannot go on.
+    """
+    return Trainer(job, report).run()
+
+
+def _dropout_seed(*numbers: int) -> int:
+    """A seed of its own for every micro-batch, so that dropout needs no state in a checkpoint."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _plan(recipe: Recipe, data: Prepared, world: int) -> BatchPlan:
+    weights = [source.weight for source in recipe.data.train]
+    return BatchPlan(
+        length_B=data.train.lengths,
+        mixture=Mixture(data.train.source, tuple(w for w in weights if w is not None) or None),
+        capacity=data.max_length if recipe.data.packing else None,
+        rows_per_step=world * recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps,
+        seed=recipe.train.seed,
+    )
+
+
+def _held_out(recipe: Recipe, data: Prepared) -> HeldOut | None:
+    if len(data.validation) == 0:
+        return None
+    return HeldOut(data.validation, data.max_length * recipe.train.per_device_train_batch_size, recipe.eval.max_rows)
