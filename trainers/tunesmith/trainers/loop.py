@@ -26,7 +26,7 @@ from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers import finish, zero
 from tunesmith.trainers.batch import Batch, collate, idle
 from tunesmith.trainers.checkpoint import CheckpointStore
-from tunesmith.trainers.data.prepare import Prepared, prepare
+from tunesmith.trainers.data.prepare import Prepared, effective_max_length, prepare
 from tunesmith.trainers.engine import build_engine
 from tunesmith.trainers.evaluate import HeldOut
 from tunesmith.trainers.gradients import GradientWatch
@@ -124,11 +124,12 @@ class Trainer:
         self.data: Prepared = prepare(recipe, self.job.base, self.job.cache)
         self.rows = train.per_device_train_batch_size
         self.accumulation = train.gradient_accumulation_steps
-        self.plan = _plan(recipe, self.data, self.world)
+        self.max_length, _ = effective_max_length(recipe, self.job.base)
+        self.plan = _plan(recipe, self.data, self.max_length, self.world)
         self.total_steps = self.plan.total_steps(train.epochs, train.max_steps)
         self.schedule = Schedule.of(train, self.total_steps)
         self.objective = OBJECTIVES[recipe.objective.kind]
-        self.held_out = _held_out(recipe, self.data)
+        self.held_out = _held_out(recipe, self.data, self.max_length)
         self.eval_steps = train.eval_steps if self.held_out else None
         self.early_stopping = train.early_stopping if self.held_out else None
         use_best = train.load_best_model_at_end if self.held_out else False
@@ -334,18 +335,18 @@ def _dropout_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _plan(recipe: Recipe, data: Prepared, world: int) -> BatchPlan:
+def _plan(recipe: Recipe, data: Prepared, max_length: int, world: int) -> BatchPlan:
     weights = [source.weight for source in recipe.data.train]
     return BatchPlan(
         length_B=data.train.lengths,
         mixture=Mixture(data.train.source, tuple(w for w in weights if w is not None) or None),
-        capacity=data.max_length if recipe.data.packing else None,
+        capacity=max_length if recipe.data.packing else None,
         rows_per_step=world * recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps,
         seed=recipe.train.seed,
     )
 
 
-def _held_out(recipe: Recipe, data: Prepared) -> HeldOut | None:
+def _held_out(recipe: Recipe, data: Prepared, max_length: int) -> HeldOut | None:
     if len(data.validation) == 0:
         return None
-    return HeldOut(data.validation, data.max_length * recipe.train.per_device_train_batch_size, recipe.eval.max_rows)
+    return HeldOut(data.validation, max_length * recipe.train.per_device_train_batch_size, recipe.eval.max_rows)

@@ -142,13 +142,14 @@ def _load(
 
     quantization = quantization_config(recipe.model.quantization, dtype)
     with _model_errors(base), _zero3_loading(zero3), torch.random.fork_rng(devices=[]):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             base.path,
             dtype=dtype,
             quantization_config=quantization,
             device_map={"": device} if quantization else None,
             output_loading_info=True,
         )
+    model, info = loaded
     _require_all_weights(model, info, base)
     keep_codes(model)
     return model if zero3 or quantization else model.to(device)
@@ -180,7 +181,7 @@ def _zero3_config(dtype: torch.dtype) -> dict[str, Any]:
 
 @contextmanager
 def _zero3_loading(config: dict[str, Any] | None) -> Iterator[None]:
-    """Within it Transformers shards what it loads. It looks at a global weak reference, which must not outlive the load."""
+    """Within it Transformers shards what it loads; the global reference it looks at must not outlive the load."""
     if config is None:
         yield
         return

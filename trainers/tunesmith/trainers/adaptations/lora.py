@@ -71,16 +71,15 @@ def matches(model: nn.Module, targets: str | list[str]) -> list[str]:
     """Names of the modules that `targets` picks, as PEFT would pick them.
 
     Raises:
-        ModelError: a regular expression, or any one of the name endings, that picks nothing; or one that picks a module
-            which is not a linear or embedding layer. (PEFT lets an ending that matches nothing pass when another matches.)
+        ModelError: a regular expression, or any one of the name endings, that picks nothing (PEFT lets such an ending
+            pass when another one matches); or one that picks a module which is not a linear or embedding layer.
     """
     modules = dict(model.named_modules())
     adaptable = set(_adaptable(model))
     if targets == ALL_LINEAR:
         head = _head(model)
-        found = [
-            name for name in adaptable if modules[name] is not head and not isinstance(modules[name], nn.Embedding)
-        ]
+        linear = [name for name in adaptable if not isinstance(modules[name], nn.Embedding)]
+        found = [name for name in linear if modules[name] is not head]
         if not found:
             raise _nothing(targets, adaptable)
         return sorted(found)
