@@ -116,7 +116,9 @@ class RaySession:
     def __enter__(self) -> RaySession:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _live(self) -> None:
@@ -189,4 +191,6 @@ def _token_exists() -> bool:
 
 def _short_temporary_folder() -> Path:
     folder = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="tunesmith-", dir=folder if len(folder) <= LONGEST_TEMPORARY_FOLDER - 19 else "/tmp"))
+    return Path(
+        tempfile.mkdtemp(prefix="tunesmith-", dir=folder if len(folder) <= LONGEST_TEMPORARY_FOLDER - 19 else "/tmp")
+    )

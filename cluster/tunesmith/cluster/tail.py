@@ -20,6 +20,8 @@ class MetricsTail:
     def lines(self) -> list[dict[str, Any]]:
         """What was appended since the last call."""
         inode, size = self._state()
+        if self._inode == 0:
+            self._inode = inode
         if inode != self._inode or size < self._offset:
             self._inode, self._offset = inode, size
             return []

@@ -20,7 +20,14 @@ from tunesmith.trainers.adaptations import lora
 def recipe(base: Path, adaptation: Any = "lora", **sections: Any) -> Recipe:
     model = {"base": str(base), **sections.pop("model", {})}
     return Recipe.model_validate(
-        {"name": "t", "model": model, "data": {"train": "x.jsonl"}, "objective": "sft", "adaptation": adaptation, **sections}
+        {
+            "name": "t",
+            "model": model,
+            "data": {"train": "x.jsonl"},
+            "objective": "sft",
+            "adaptation": adaptation,
+            **sections,
+        }
     )
 
 
@@ -104,9 +111,7 @@ def test_target_modules_are_kept_in_sorted_order(llama: Path, tmp_path: Path) ->
         ("(", "no regular expression"),
     ],
 )
-def test_a_target_that_matches_nothing_names_the_nearest(
-    llama: Path, tmp_path: Path, targets: Any, said: str
-) -> None:
+def test_a_target_that_matches_nothing_names_the_nearest(llama: Path, tmp_path: Path, targets: Any, said: str) -> None:
     wrong = recipe(llama, {"kind": "lora", "target_modules": targets})
     base = models.resolve_base(str(llama), None, tmp_path)
     with pytest.raises(ModelError, match="adaptation.target_modules") as error:

@@ -60,7 +60,11 @@ def decide(history: Sequence[LostAttempt], max_failures: int) -> Retry | GiveUp:
         if max_failures == 0:
             fix += " train.max_failures: 0 allows no restart."
         return GiveUp(what, fix)
-    resume = f"going on from the checkpoint of step {last.ended_at}" if last.ended_at else "starting again from the beginning"
+    resume = (
+        f"going on from the checkpoint of step {last.ended_at}"
+        if last.ended_at
+        else "starting again from the beginning"
+    )
     return Retry(f"attempt {last.attempt} lost {_causes(last)}; {resume}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import threading
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.tail import MetricsTail
 from tunesmith.trainers.rendezvous import Rendezvous
 from tunesmith.trainers.stopping import StopSignals
-from tunesmith.trainers.worker import make_job, read_presence, train_worker
+from tunesmith.trainers.worker import read_presence, train_worker
 
 if TYPE_CHECKING:
     from tunesmith.trainers.launch import Inputs
@@ -38,7 +39,13 @@ def fit(
     trainer = DataParallelTrainer(
         train_worker,
         train_loop_config={
-            "job": make_job(recipe, inputs, attempt, allow_change),
+            "run": str(folder.root),
+            "attempt": attempt,
+            "recipe": recipe.model_dump(mode="json", exclude_unset=True),
+            "read_keys": recipe.read_keys(),
+            "base": dataclasses.asdict(inputs.base),
+            "cache": str(inputs.cache),
+            "allow_change": allow_change,
             "backend": "nccl" if need.gpus else "gloo",
             "timeout_s": recipe.cluster.timeout_s,
         },
@@ -80,7 +87,9 @@ class _Work(threading.Thread):
     def lost_ranks(self, inputs: Inputs) -> dict[int, str]:
         failure = self._failure
         if isinstance(failure, WorkerGroupError):
-            raised = {rank: e for rank, e in failure.worker_failures.items() if isinstance(e, UserExceptionWithTraceback)}
+            raised = {
+                rank: e for rank, e in failure.worker_failures.items() if isinstance(e, UserExceptionWithTraceback)
+            }
             died = failure.worker_failures.keys() - raised.keys()
             return {rank: f"{read_presence(inputs.folder, rank)} died" for rank in died} or {
                 rank: "its connection to another worker broke" for rank in raised

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tunesmith.cluster.session import RaySession
 from tunesmith.cluster.storage import write_atomic
 from tunesmith.trainers.attempts import GiveUp, LostAttempt, decide
 from tunesmith.trainers.data.prepare import Prepared, prepare
-from tunesmith.trainers.models import BaseRef, resolve_base
+from tunesmith.trainers.models import BaseRef, check_adaptation, resolve_base
 from tunesmith.trainers.outcome import read_outcome
 from tunesmith.trainers.stopping import StopSignals
 
@@ -50,6 +51,8 @@ class Inputs:
 
     folder: RunFolder
     base: BaseRef
+    cache: Path
+    """Where the tokenised data lies."""
     prepared: Prepared
     need: Need
     identity: Identity
@@ -97,15 +100,17 @@ def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore, star
     folder = run_folder(recipe)
     _require_writable(folder.root)
     base = resolve_base(recipe.model.base, recipe.model.revision, folder.root.parent)
+    check_adaptation(recipe, base)
     nodes = [this_machine()] if session.local else session.nodes()
     need = needs(recipe.cluster, nodes)
     require_resources(need, nodes)
     if start_ray:
         session.start()
-    prepared = prepare(recipe, base, folder.root.parent / ".cache" / "data")
-    on_event(Note(prepared.report.summary()))
+    cache = folder.root.parent / ".cache" / "data"  # shared by all runs of an output folder
+    prepared = prepare(recipe, base, cache)
+    on_event(Note("\n".join(prepared.report.lines())))
     identity = Identity(recipe=resolved(recipe), data=prepared.files, base=base.digest)
-    return Inputs(folder, base, prepared, need, identity)
+    return Inputs(folder, base, cache, prepared, need, identity)
 
 
 def run_folder(recipe: Recipe) -> RunFolder:
@@ -153,8 +158,9 @@ def _record(inputs: Inputs) -> None:
     """Writes what the run begins with beside it."""
     folder = inputs.folder
     write_atomic(folder.recipe, yaml.safe_dump(inputs.identity.recipe, sort_keys=False, allow_unicode=True))
-    write_atomic(folder.data_report, inputs.prepared.report.to_json())
-    inputs.prepared.copy_quarantine(folder.quarantine)
+    write_atomic(folder.data_report, inputs.prepared.report.model_dump_json(indent=1))
+    if inputs.prepared.quarantine.stat().st_size:
+        shutil.copyfile(inputs.prepared.quarantine, folder.quarantine)
     inputs.identity.save(folder.identity)
     folder.clear_stop()
 
@@ -185,7 +191,9 @@ def _attempts(
         if outcome is not None and (outcome.kind == "error" or not causes):
             raise signals.translated(outcome.to_error())
         if signals.received is not None:
-            raise signals.error(f"workers were lost before they had saved; the newest checkpoint is step {newest_step(folder)}")
+            raise signals.error(
+                f"workers were lost before they had saved; the newest checkpoint is step {newest_step(folder)}"
+            )
         lost.append(LostAttempt(attempt, causes, from_step, newest_step(folder)))
         decision = decide(lost, recipe.train.max_failures)
         if isinstance(decision, GiveUp):
@@ -203,5 +211,5 @@ def draw(folder: RunFolder) -> None:
 
 
 def _result(folder: RunFolder, outcome: dict[str, Any]) -> Result:
-    metrics = {key: outcome.get(key) for key in ("train_loss", "eval_loss", "tokens_per_second")}
-    return Result(folder.name, str(folder.artifact), metrics, int(outcome["steps"]))
+    metrics = {key: outcome["metrics"].get(key) for key in ("train_loss", "eval_loss", "tokens_per_second")}
+    return Result(folder.name, str(folder.artifact), metrics, int(outcome["step"]))

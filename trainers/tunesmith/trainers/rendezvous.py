@@ -26,7 +26,7 @@ class _RendezvousBackend(Backend):
     share_cuda_visible_devices: bool = True
     """All workers of a node see all its GPUs in one order, so that LOCAL_RANK is the device."""
 
-    def on_start(self, worker_group, backend_config) -> None:  # noqa: ANN001 - Ray's types are internal
+    def on_start(self, worker_group, backend_config) -> None:
         address, port = worker_group.execute_single(0, _address_and_free_port)
         worker_group.execute(_set_environment, address, port)
 

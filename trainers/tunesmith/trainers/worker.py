@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import socket
@@ -11,12 +10,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cluster.errors import TunesmithError
+from tunesmith.cluster.errors import StoppedError, TunesmithError
 from tunesmith.cluster.runs import RunFolder
+from tunesmith.trainers.base import BaseRef
 from tunesmith.trainers.outcome import AttemptOutcome, write_outcome
 
 if TYPE_CHECKING:
-    from tunesmith.trainers.loop import TrainJob
+    from tunesmith.trainers.loop import Outcome
 
 LOST_PEER_SIGNS = (
     "Connection closed by peer",
@@ -37,41 +37,60 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Entry point of a worker.
 
     Args:
-        settings: `job` (TrainJob), `backend` (gloo or nccl), `timeout_s`, `log` (path of the run's log).
+        settings: `run` (its folder), `attempt`, `recipe` (the keys that the user wrote), `read_keys`, `base` (BaseRef),
+            `cache`, `allow_change`, `backend` (gloo or nccl) and `timeout_s`; plain data, so that no class of ours is
+            pickled before this process has its log.
     """
-    job: TrainJob = settings["job"]
-    run, rank = RunFolder(Path(job.run_root)), int(os.environ["RANK"])
-    _log_to(Path(settings["log"]))
-    write_presence(run, job.attempt, rank)
-    if settings["backend"] == "gloo":
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    run, rank = RunFolder(Path(settings["run"])), int(os.environ["RANK"])
+    _log_to(log_file(run))
+    write_presence(run, settings["attempt"], rank)
+    ending = run.outcome(settings["attempt"])
     try:
-        outcome = _train(job, settings["backend"], settings["timeout_s"])
+        outcome = _train(settings)
+        if not outcome.finished:
+            raise StoppedError(
+                f"run {run.name} was stopped: all workers have saved step {outcome.step}",
+                "The same command goes on from there.",
+            )
     except BaseException as error:
         if isinstance(error, TunesmithError) or not is_lost_peer(error):
-            write_outcome(run.outcome(job.attempt), AttemptOutcome.failed(rank, error))
+            write_outcome(ending, AttemptOutcome.failed(rank, error))
         raise
     if rank == 0:
-        write_outcome(run.outcome(job.attempt), AttemptOutcome.done(rank, outcome))
+        write_outcome(ending, AttemptOutcome.done(rank, {"step": outcome.step, "metrics": outcome.metrics}))
 
 
-def _train(job: TrainJob, backend: str, timeout_s: int) -> dict[str, Any]:
+def _train(settings: dict[str, Any]) -> Outcome:
+    backend = settings["backend"]
+    if backend == "gloo":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that was not asked for is not used
+
     import torch
     import torch.distributed as dist
 
-    from tunesmith.trainers.loop import train
+    from tunesmith.trainers.loop import TrainJob, train
 
+    job = TrainJob(
+        recipe=settings["recipe"],
+        read_keys=settings["read_keys"],
+        run=Path(settings["run"]),
+        cache=Path(settings["cache"]),
+        base=BaseRef(**settings["base"]),
+        attempt=settings["attempt"],
+        allow_change=settings["allow_change"],
+    )
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, init_method="env://", timeout=timedelta(seconds=timeout_s))
-    outcome = train(job, _keep_to_ourselves)
+    dist.init_process_group(backend, init_method="env://", timeout=timedelta(seconds=settings["timeout_s"]))
+    outcome = train(job, _tell_nobody)
     dist.barrier()  # nobody leaves, and looks lost to the others, before all are done
     dist.destroy_process_group()
-    return dataclasses.asdict(outcome)
+    return outcome
 
 
-def _keep_to_ourselves(metrics: dict[str, Any]) -> None:
-    """Nothing goes through Ray: its report is a barrier that waits for a poll, and metrics.jsonl tells the driver."""
+def _tell_nobody(metrics: dict[str, Any]) -> None:
+    """Steps do not go through Ray: its report waits for a poll of every worker, and metrics.jsonl tells the driver."""
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -84,25 +103,16 @@ def is_lost_peer(error: BaseException) -> bool:
     return False
 
 
-def make_job(recipe: Recipe, inputs: Inputs, attempt: int, allow_change: bool) -> TrainJob:
-    """What the workers need to know, all of it plain data."""
-    from tunesmith.trainers.job import TrainJob
-
-    return TrainJob(
-        recipe=resolved(recipe),
-        read_keys=recipe.read_keys(),
-        run_root=str(inputs.folder.root),
-        attempt=attempt,
-        base=inputs.base,
-        allow_change=allow_change,
-    )
-
-
 def write_presence(run: RunFolder, attempt: int, rank: int) -> None:
     """Leaves `control/rank-<rank>.json`, so that a message about a lost worker can name its process and host."""
     path = presence_file(run, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"attempt": attempt, "pid": os.getpid(), "host": socket.gethostname()}))
+
+
+def log_file(run: RunFolder) -> Path:
+    """What all workers of all attempts print."""
+    return run.root / "log.txt"
 
 
 def presence_file(run: RunFolder, rank: int) -> Path:
