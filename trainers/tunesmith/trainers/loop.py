@@ -147,7 +147,7 @@ class Trainer:
             self.run_folder,
             train.save_total_limit,
         )
-        self.parity_rows = recipe.eval.parity_rows
+        self.parity_rows, self.save_steps = recipe.eval.parity_rows, train.save_steps
         require_installed(recipe.output.report_to)
         if (error := unread_error(recipe)) is not None:
             raise error
@@ -180,7 +180,7 @@ class Trainer:
             is_best = self.evaluate_if_due(record)
             is_last = self.progress.step == self.total_steps or self.is_out_of_patience()
             self.log(record)
-            if is_best or is_last or must_stop or self.progress.step % self.recipe.train.save_steps == 0:
+            if is_best or is_last or must_stop or self.progress.step % self.save_steps == 0:
                 self.save(record.get("eval_loss"))
             if must_stop and not is_last:
                 return Outcome(finished=False, step=self.progress.step)
