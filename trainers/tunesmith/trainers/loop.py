@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -26,10 +27,11 @@ from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers import finish, zero
 from tunesmith.trainers.batch import Batch, collate, idle
 from tunesmith.trainers.checkpoint import CheckpointStore
-from tunesmith.trainers.data.prepare import Prepared, effective_max_length, prepare
+from tunesmith.trainers.data.prepare import Prepared, prepare
 from tunesmith.trainers.engine import build_engine
 from tunesmith.trainers.evaluate import HeldOut
 from tunesmith.trainers.gradients import GradientWatch
+from tunesmith.trainers.logs import Log, numbers, open_logs, require_installed
 from tunesmith.trainers.models import BaseRef
 from tunesmith.trainers.objectives import OBJECTIVES
 from tunesmith.trainers.packing import BatchPlan, Mixture, StepPlan
@@ -117,6 +119,7 @@ class Trainer:
         self.run_folder = RunFolder(job.run)
         self.metrics = MetricsLog(self.run_folder.metrics)
         self.progress = Progress()
+        self.logs: list[Log] = []
 
     def set_up(self) -> None:
         """Data, plan, model, engine and checkpoints; then every key the user wrote has been read, or the run stops."""
@@ -124,12 +127,11 @@ class Trainer:
         self.data: Prepared = prepare(recipe, self.job.base, self.job.cache)
         self.rows = train.per_device_train_batch_size
         self.accumulation = train.gradient_accumulation_steps
-        self.max_length, _ = effective_max_length(recipe, self.job.base)
-        self.plan = _plan(recipe, self.data, self.max_length, self.world)
+        self.plan = _plan(recipe, self.data, self.world)
         self.total_steps = self.plan.total_steps(train.epochs, train.max_steps)
         self.schedule = Schedule.of(train, self.total_steps)
         self.objective = OBJECTIVES[recipe.objective.kind]
-        self.held_out = _held_out(recipe, self.data, self.max_length)
+        self.held_out = _held_out(recipe, self.data)
         self.eval_steps = train.eval_steps if self.held_out else None
         self.early_stopping = train.early_stopping if self.held_out else None
         use_best = train.load_best_model_at_end if self.held_out else False
@@ -145,8 +147,8 @@ class Trainer:
             self.run_folder,
             train.save_total_limit,
         )
-        self.finisher = finish.Finisher(self)
-        self.logs = finish.open_logs(recipe, self.run_folder, self.rank)
+        self.parity_rows = recipe.eval.parity_rows
+        require_installed(recipe.output.report_to)
         if (error := unread_error(recipe)) is not None:
             raise error
 
@@ -169,9 +171,7 @@ class Trainer:
         """Trains to the end, or until it is asked to stop."""
         self.set_up()
         self.resume()
-        self.finisher.before_training()
-        if self.rank == 0:
-            self.metrics.truncate_after(self.progress.step if self.progress.step else -1)
+        self.open_books()
         if self.progress.step == 0 and self.held_out:
             self.log({"step": 0, "eval_loss": self.held_out.loss(self.engine, self.device)})
         self.engine.train()
@@ -186,7 +186,16 @@ class Trainer:
                 return Outcome(finished=False, step=self.progress.step)
         if self.use_best and (best := self.checkpoints.best()) is not None:
             self.checkpoints.load(self.engine, best)
-        return Outcome(finished=True, step=self.progress.step, metrics=self.finisher.after_training())
+        return Outcome(finished=True, step=self.progress.step, metrics=finish.finish(self))
+
+    def open_books(self) -> None:
+        """The mask receipt, and the metrics without the steps that are about to be repeated."""
+        if self.rank > 0:
+            return
+        done = self.progress.step
+        finish.write_mask_receipt(self)
+        self.metrics.truncate_after(done or -1)
+        self.logs = open_logs(self.recipe, self.run_folder, done + 1 if done else 0)
 
     def step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its metrics and whether the run is asked to stop.
@@ -233,8 +242,8 @@ class Trainer:
             "labels": labels,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
-            "memory_gib": finish.memory_gib(self.device),
-            "skipped_rows": self.data.report.skipped_rows,
+            "memory_gib": memory_gib(self.device),
+            "skipped_rows": sum(source.bad + source.dropped for source in self.data.report.sources),
             "checkpoint": self.checkpoints.last_saved,
             "total_steps": self.total_steps,
         }
@@ -313,7 +322,8 @@ class Trainer:
         """Writes a line of metrics and reports it."""
         if self.rank == 0:
             self.metrics.append(record)
-            self.logs.write(record)
+            for log in self.logs:
+                log.write(record["step"], numbers(record))
         self.report(record)
 
 
@@ -330,23 +340,30 @@ def train(job: TrainJob, report: Report) -> Outcome:
     return Trainer(job, report).run()
 
 
+def memory_gib(device: torch.device) -> float:
+    """Most memory that tensors took on a GPU; on a CPU, what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
 def _dropout_seed(*numbers: int) -> int:
     """A seed of its own for every micro-batch, so that dropout needs no state in a checkpoint."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _plan(recipe: Recipe, data: Prepared, max_length: int, world: int) -> BatchPlan:
+def _plan(recipe: Recipe, data: Prepared, world: int) -> BatchPlan:
     weights = [source.weight for source in recipe.data.train]
     return BatchPlan(
         length_B=data.train.lengths,
         mixture=Mixture(data.train.source, tuple(w for w in weights if w is not None) or None),
-        capacity=max_length if recipe.data.packing else None,
+        capacity=data.report.max_length if recipe.data.packing else None,
         rows_per_step=world * recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps,
         seed=recipe.train.seed,
     )
 
 
-def _held_out(recipe: Recipe, data: Prepared, max_length: int) -> HeldOut | None:
+def _held_out(recipe: Recipe, data: Prepared) -> HeldOut | None:
     if len(data.validation) == 0:
         return None
-    return HeldOut(data.validation, max_length * recipe.train.per_device_train_batch_size, recipe.eval.max_rows)
+    return HeldOut(data.validation, data.report.max_length * recipe.train.per_device_train_batch_size, recipe.eval.max_rows)
