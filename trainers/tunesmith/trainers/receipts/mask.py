@@ -75,19 +75,24 @@ def inspect(
     counts = np.zeros((len(sources), 3), dtype=np.int64)  # examples, tokens, labels
     turns = np.zeros(2, dtype=np.int64)
     shown: list[dict[str, Any]] = []
-    cut_off: list[str] = []
+    endless: list[dict[str, Any]] = []
+
+    def look(example: int, tokens: np.ndarray, labelled: np.ndarray) -> dict[str, Any]:
+        where, source = store.where(example), sources[store.source[example]]
+        return {"where": where, "source": source, **_show(tokens, labelled, tokenizer)}
+
     for packed in packs:
         for example, tokens, labelled in _examples(store, packed):
             counts[store.source[example]] += (1, len(tokens), labelled.sum())
             if ends:
                 ended = _turns_with_end(tokens, labelled, ends, bool(store.cut[example]))
                 turns += ended
-                if ended[0] != ended[1] and len(cut_off) < 3:
-                    cut_off.append(store.where(example))
+                if ended[0] != ended[1] and len(endless) < 3:
+                    endless.append(look(example, tokens, labelled))
+                    continue
             if len(shown) < SHOWN:
-                where, source = store.where(example), sources[store.source[example]]
-                shown.append({"where": where, "source": source, **_show(tokens, labelled, tokenizer)})
-    problems = _problems(counts, turns, cut_off, tokenizer, ends)
+                shown.append(look(example, tokens, labelled))
+    problems = _problems(counts, turns, [example["where"] for example in endless], tokenizer, ends)
     return MaskReceipt(
         passed=not problems,
         problems=problems,
@@ -99,7 +104,7 @@ def inspect(
         trained_tokens=int(counts[:, 2].sum()),
         assistant_turns=int(turns[0]),
         turns_with_trained_end=int(turns[1]),
-        examples=shown,
+        examples=[*endless, *shown][:SHOWN],
     )
 
 
@@ -155,7 +160,7 @@ def _show(tokens: np.ndarray, labelled: np.ndarray, tokenizer: PreTrainedTokeniz
 def _problems(
     counts: np.ndarray,
     turns: np.ndarray,
-    cut_off: list[str],
+    endless: list[str],
     tokenizer: PreTrainedTokenizerBase,
     ends: frozenset[int],
 ) -> list[str]:
@@ -166,6 +171,6 @@ def _problems(
         problems.append(
             f"{turns[0] - turns[1]:,} of {turns[0]:,} assistant turns do not train the end-of-turn token "
             f"({' or '.join(tokenizer.convert_ids_to_tokens(sorted(ends)))}), so the model would not learn to stop: "
-            f"{', '.join(cut_off)}."
+            f"{', '.join(endless)}."
         )
     return problems

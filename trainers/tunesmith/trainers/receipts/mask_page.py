@@ -22,10 +22,10 @@ p.lead { color:var(--soft); margin:0 0 20px }
 .numbers { display:flex; flex-wrap:wrap; gap:12px }
 .number { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:12px 18px; flex:1 1 150px }
 .number b { display:block; font-size:24px; font-variant-numeric:tabular-nums } .number span { color:var(--soft) }
-table { width:100%; border-collapse:collapse; background:var(--card); border:1px solid var(--line); border-radius:10px;
-  overflow:hidden } th,td { padding:8px 14px; text-align:right; font-variant-numeric:tabular-nums }
+.table { background:var(--card); border:1px solid var(--line); border-radius:10px; overflow-x:auto }
+table { width:100%; border-collapse:collapse } th,td { padding:8px 14px; text-align:right; font-variant-numeric:tabular-nums }
 th { color:var(--soft); font-weight:600; font-size:13px } th:first-child,td:first-child { text-align:left;
-  overflow-wrap:anywhere } tr+tr td { border-top:1px solid var(--line) }
+  min-width:180px; overflow-wrap:anywhere } tr+tr td { border-top:1px solid var(--line) }
 td i { display:block; height:6px; border-radius:3px; background:var(--line); overflow:hidden; margin-top:4px }
 td i u { display:block; height:100%; background:var(--on); }
 article { background:var(--card); border:1px solid var(--line); border-radius:10px; margin:0 0 16px; overflow:hidden }
@@ -50,7 +50,7 @@ def page(receipt: MaskReceipt) -> str:
     numbers = [
         (f"{receipt.trained_tokens:,}", "tokens trained"),
         (f"{receipt.tokens:,}", "tokens read"),
-        (share, "trained"),
+        (share, "of all tokens"),
     ]
     if receipt.assistant_turns:
         ended = f"{receipt.turns_with_trained_end:,} / {receipt.assistant_turns:,}"
@@ -63,8 +63,8 @@ def page(receipt: MaskReceipt) -> str:
 <title>Mask receipt</title><style>{_STYLE}</style></head><body><main>
 <h1>Mask receipt</h1><p class="lead">Which tokens this run learns to write, counted after packing.</p>
 {verdict}<div class="numbers">{cards}</div>
-<h2>By source</h2><table><tr><th>source</th><th>examples</th><th>tokens</th><th>trained</th><th>share</th></tr>{rows}</table>
-<h2>The first {len(receipt.examples)} examples</h2>
+<h2>By source</h2><div class="table"><table><tr><th>source</th><th>examples</th><th>tokens</th><th>trained</th><th>share</th></tr>{rows}</table></div>
+<h2>{len(receipt.examples)} examples</h2>
 <p class="legend"><mark> Marked text is trained. </mark> The rest is only read.</p>{examples}
 </main></body></html>
 """
