@@ -229,7 +229,7 @@ def _token_range(encoding: Encoding, text: str, start: int, stop: int) -> tuple[
     first, last = _token_at(encoding, range(start, stop)), _token_at(encoding, range(stop - 1, start - 1, -1))
     if first is None or last is None:
         raise _Inexact("the tokenizer makes no token of the assistant's words")
-    begin, end = encoding.offsets[first][0], encoding.offsets[last][1]
+    begin, end = _characters(encoding, first)[0], _characters(encoding, last)[1]
     if begin < start:
         raise _Inexact(
             f"the answer begins inside a token ({text[begin:start][-10:]!r} and {text[start : start + 10]!r} are one): "
@@ -238,6 +238,12 @@ def _token_range(encoding: Encoding, text: str, start: int, stop: int) -> tuple[
     if text[stop:end].strip():
         raise _Inexact(f"the answer ends inside a token, before {text[stop:end]!r}")
     return first, last
+
+
+def _characters(encoding: Encoding, token: int) -> tuple[int, int]:
+    characters = encoding.token_to_chars(token)
+    assert characters is not None, f"token {token} was found by its characters"
+    return characters
 
 
 def _token_at(encoding: Encoding, positions: range) -> int | None:
