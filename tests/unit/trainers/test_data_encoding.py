@@ -203,3 +203,14 @@ def test_a_batch_gives_what_its_rows_give_alone():
             assert isinstance(together, Encoded)
             np.testing.assert_array_equal(together.tokens, alone.tokens)
             np.testing.assert_array_equal(together.trained, alone.trained)
+
+
+@pytest.mark.parametrize("name", templates.NAMES)
+def test_tokens_and_mask_equal_those_of_transformers_where_the_template_marks_the_answer(name):
+    tokenizer = copy.deepcopy(metaspace())
+    example = chat("What is two plus two?", "It is four.", "The fox?", "lazy dog")
+    ours = encode(example, tokenizer, "assistant", name)
+    theirs = tokenizer.apply_chat_template(example.messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert isinstance(ours, Encoded)
+    assert ours.tokens.tolist() == theirs["input_ids"]
+    assert ours.trained.astype(int).tolist() == theirs["assistant_masks"]
