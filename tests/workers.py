@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,6 +18,7 @@ def run_workers(world: int, function: Callable[..., Any], *arguments: Any) -> No
 
 
 def _worker(rank: int, world: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed insists on it
     dist.init_process_group(
         "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )

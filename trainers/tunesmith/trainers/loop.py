@@ -19,23 +19,27 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from tunesmith.cluster.artifacts import MaskReceipt
 from tunesmith.cluster.errors import ChangedError, NonFiniteError
-from tunesmith.cluster.metrics import MetricsLog
+from tunesmith.cluster.metrics import MetricsLog, read_metrics
 from tunesmith.cluster.recipe.load import recipe_hash, unread_error
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.runs import RunFolder
-from tunesmith.trainers import finish, zero
+from tunesmith.trainers import zero
 from tunesmith.trainers.batch import Batch, collate, idle
 from tunesmith.trainers.checkpoint import CheckpointStore
 from tunesmith.trainers.data.prepare import Prepared, prepare
 from tunesmith.trainers.engine import build_engine
 from tunesmith.trainers.evaluate import HeldOut
+from tunesmith.trainers.export import write_artifact
 from tunesmith.trainers.gradients import GradientWatch
 from tunesmith.trainers.logs import Log, numbers, open_logs, require_installed
-from tunesmith.trainers.models import BaseRef
+from tunesmith.trainers.models import BaseRef, load_tokenizer
 from tunesmith.trainers.objectives import OBJECTIVES
 from tunesmith.trainers.packing import BatchPlan, Mixture, StepPlan
 from tunesmith.trainers.policy import score
+from tunesmith.trainers.ranks import on_first
+from tunesmith.trainers.receipts.mask import write_mask_receipt
 from tunesmith.trainers.schedule import Schedule
 
 Report = Callable[[dict[str, Any]], None]
@@ -147,7 +151,7 @@ class Trainer:
             self.run_folder,
             train.save_total_limit,
         )
-        self.parity_rows = recipe.eval.parity_rows
+        self.parity_rows, self.save_steps = recipe.eval.parity_rows, train.save_steps
         require_installed(recipe.output.report_to)
         if (error := unread_error(recipe)) is not None:
             raise error
@@ -180,22 +184,35 @@ class Trainer:
             is_best = self.evaluate_if_due(record)
             is_last = self.progress.step == self.total_steps or self.is_out_of_patience()
             self.log(record)
-            if is_best or is_last or must_stop or self.progress.step % self.recipe.train.save_steps == 0:
+            if is_best or is_last or must_stop or self.progress.step % self.save_steps == 0:
                 self.save(record.get("eval_loss"))
             if must_stop and not is_last:
                 return Outcome(finished=False, step=self.progress.step)
         if self.use_best and (best := self.checkpoints.best()) is not None:
             self.checkpoints.load(self.engine, best)
-        return Outcome(finished=True, step=self.progress.step, metrics=finish.finish(self))
+        return Outcome(finished=True, step=self.progress.step, metrics=self.finish())
 
     def open_books(self) -> None:
         """The mask receipt, and the metrics without the steps that are about to be repeated."""
-        if self.rank > 0:
-            return
-        done = self.progress.step
-        finish.write_mask_receipt(self)
-        self.metrics.truncate_after(done or -1)
-        self.logs = open_logs(self.recipe, self.run_folder, done + 1 if done else 0)
+        done, run = self.progress.step, self.run_folder
+        on_first(self.write_mask_receipt)
+        if self.rank == 0:
+            self.metrics.truncate_after(done or -1)
+            self.logs = open_logs(self.recipe, run, done + 1 if done else 0)
+
+    def write_mask_receipt(self) -> MaskReceipt:
+        """Shows which tokens of the packed rows are trained; fails when they are the wrong ones."""
+        tokenizer = load_tokenizer(self.job.base)
+        return write_mask_receipt(self.run_folder.receipts, self.data, self.plan.epoch_packs(0), tokenizer)
+
+    def finish(self) -> dict[str, float | None]:
+        """Writes the artifact and its receipts; returns the run's closing figures."""
+        write_artifact(self.engine, self.recipe, self.job.base, self.run_folder, self.data, self.device)
+        for log in self.logs:
+            log.close()
+        return closing_figures(
+            read_metrics(self.run_folder.metrics), self.progress.best_loss if self.use_best else None
+        )
 
     def step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its metrics and whether the run is asked to stop.
@@ -340,6 +357,22 @@ def train(job: TrainJob, report: Report) -> Outcome:
     return Trainer(job, report).run()
 
 
+def closing_figures(lines: list[dict[str, Any]], best_loss: float | None) -> dict[str, float | None]:
+    """What a run is summed up by.
+
+    Returns:
+        `train_loss`: mean over all steps; `eval_loss`: of the weights in the artifact, None without held-out rows;
+        `tokens_per_second`: median over the steps, all workers together.
+    """
+    steps = [line for line in lines if "loss" in line]
+    evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    return {
+        "train_loss": float(np.mean([line["loss"] for line in steps])),
+        "eval_loss": best_loss if best_loss is not None else evaluated[-1] if evaluated else None,
+        "tokens_per_second": float(np.median([line["tokens_per_second"] for line in steps])),
+    }
+
+
 def memory_gib(device: torch.device) -> float:
     """Most memory that tensors took on a GPU; on a CPU, what the process holds now."""
     if device.type == "cuda":
@@ -366,4 +399,6 @@ def _plan(recipe: Recipe, data: Prepared, world: int) -> BatchPlan:
 def _held_out(recipe: Recipe, data: Prepared) -> HeldOut | None:
     if len(data.validation) == 0:
         return None
-    return HeldOut(data.validation, data.report.max_length * recipe.train.per_device_train_batch_size, recipe.eval.max_rows)
+    return HeldOut(
+        data.validation, data.report.max_length * recipe.train.per_device_train_batch_size, recipe.eval.max_rows
+    )
