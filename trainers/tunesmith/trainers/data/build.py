@@ -38,7 +38,6 @@ class Rules(NamedTuple):
     loss_on: str
     long_rows: Rule
     max_length: int
-    max_length_note: str | None
 
 
 class _Used(NamedTuple):
@@ -196,7 +195,6 @@ class Builder:
     def _report(self, summaries: dict[str, SplitReport], splits: np.ndarray) -> DataReport:
         train_splits = splits[np.asarray(self.roles) == "train"]
         trained = {digest for digest, at in zip(self.digests["train"], train_splits, strict=True) if at == split.TRAIN}
-        end = self.encoder.end_of_turn
         return DataReport(
             sources=self.reports,
             splits=summaries,
@@ -204,7 +202,7 @@ class Builder:
             **self.rules._asdict(),
             template=self.template,
             chat_template=self.encoder.renderer.template if self.encoder.renderer else None,
-            end_of_turn=self.encoder.tokenizer.convert_tokens_to_ids(end) if end else None,
+            end_of_turn=self.encoder.end_of_turn_id,
             leaked_rows=sum(digest in trained for digest in self.digests["validation"]),
         )
 
@@ -217,15 +215,15 @@ def _recognise(source: Source, rows: list[RawRow]) -> tuple[Format, list[str]]:
     if not readable:
         bad = [BadRow(file=raw.file, line=raw.line, reason=raw.problem or "") for raw in rows]
         raise DataError(f"none of the first {len(rows):,} rows of {source.path} can be read\n{_listed(bad)}")
-    found = Counter(fmt for row in readable if (fmt := formats.detect(row)))
+    found = [(fmt, list(row)) for row in readable if (fmt := formats.detect(row)) is not None]
     if not found:
         known = "; ".join(", ".join(columns) for columns in formats.COLUMNS.values())
         raise DataError(
             f"{source.path}: the columns {', '.join(map(str, readable[0])) or '(none)'} are no known format",
             f"Name the columns after one of these: {known}.",
         )
-    fmt = found.most_common(1)[0][0]
-    return fmt, [str(name) for name in next(row for row in readable if formats.detect(row) == fmt)]
+    fmt = Counter(name for name, _ in found).most_common(1)[0][0]
+    return fmt, next(columns for name, columns in found if name == fmt)
 
 
 def _batched(rows: Iterable[RawRow], size: int) -> Iterator[list[RawRow]]:

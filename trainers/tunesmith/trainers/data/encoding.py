@@ -70,6 +70,7 @@ class Encoder:
         self.only_assistant = loss_on == "assistant"
         self.renderer: Renderer | None = None
         self.end_of_turn: str | None = None
+        self.end_of_turn_id: int | None = None
 
     def use_template(self, name: str) -> None:
         """Gives the tokenizer the template that conversations need.
@@ -80,7 +81,9 @@ class Encoder:
         template = apply(self.tokenizer, name)
         try:
             self.renderer = Renderer(self.tokenizer, template)
-            self.end_of_turn = self.renderer.end_of_turn() if self.only_assistant else None
+            if self.only_assistant:
+                self.end_of_turn = self.renderer.end_of_turn()
+                self.end_of_turn_id = self._ids(self.end_of_turn)[0]
         except _template_errors() as error:
             what = f"data.template: the tokenizer's template fails on a question and an answer: {error}"
             raise DataError(what, f"Name a template: {' | '.join(NAMES)}.") from error
@@ -110,6 +113,9 @@ class Encoder:
         )
         assert batch.encodings is not None, "a fast tokenizer has encodings"
         return batch.encodings
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenise([text], special=False)[0].ids
 
     def _write(self, example: Example) -> _Written | str:
         match example:
@@ -191,13 +197,16 @@ class Encoder:
             except _Inexact as reason:
                 return str(reason)
             trained[first : last + 1] = True
-        if written.end and not (len(tokens) and tokens[-1] == self.tokenizer.eos_token_id):
-            if self.tokenizer.eos_token_id is None:
-                raise DataError("the tokenizer has no end-of-text token (eos_token) to end plain text with")
-            tokens = np.append(tokens, np.int32(self.tokenizer.eos_token_id))
-            trained = np.append(trained, True)
-        if written.end:
-            trained[-1] = True
+        return self._ended(tokens, trained) if written.end else Encoded(tokens, trained)
+
+    def _ended(self, tokens: np.ndarray, trained: np.ndarray) -> Encoded:
+        """With the end-of-text token, which is always trained."""
+        end = self.tokenizer.eos_token_id
+        if not isinstance(end, int):
+            raise DataError("the tokenizer has no end-of-text token (eos_token) to end plain text with")
+        if not len(tokens) or tokens[-1] != end:
+            tokens, trained = np.append(tokens, np.int32(end)), np.append(trained, True)
+        trained[-1] = True
         return Encoded(tokens, trained)
 
 
@@ -220,7 +229,7 @@ def _token_range(encoding: Encoding, text: str, start: int, stop: int) -> tuple[
     first, last = _token_at(encoding, range(start, stop)), _token_at(encoding, range(stop - 1, start - 1, -1))
     if first is None or last is None:
         raise _Inexact("the tokenizer makes no token of the assistant's words")
-    begin, end = encoding.token_to_chars(first)[0], encoding.token_to_chars(last)[1]
+    begin, end = _characters(encoding, first)[0], _characters(encoding, last)[1]
     if begin < start:
         raise _Inexact(
             f"the answer begins inside a token ({text[begin:start][-10:]!r} and {text[start : start + 10]!r} are one): "
@@ -229,6 +238,12 @@ def _token_range(encoding: Encoding, text: str, start: int, stop: int) -> tuple[
     if text[stop:end].strip():
         raise _Inexact(f"the answer ends inside a token, before {text[stop:end]!r}")
     return first, last
+
+
+def _characters(encoding: Encoding, token: int) -> tuple[int, int]:
+    characters = encoding.token_to_chars(token)
+    assert characters is not None, f"token {token} was found by its characters"
+    return characters
 
 
 def _token_at(encoding: Encoding, positions: range) -> int | None:

@@ -15,17 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tunesmith.cluster.storage import commit_folder, remove_leftovers
-
 from tunesmith.cluster.errors import DataError
 from tunesmith.cluster.recipe.schema import Recipe, Source
+from tunesmith.cluster.storage import commit_folder, remove_leftovers
 from tunesmith.trainers.data.report import DataReport
 from tunesmith.trainers.data.sources import fingerprints
 from tunesmith.trainers.data.tokens import TokenStore
 
 if TYPE_CHECKING:
     from tunesmith.trainers.base import BaseRef
-
     from tunesmith.trainers.data.build import Rules
 
 _TOKENIZER_FILES = (
@@ -56,6 +54,11 @@ class Prepared:
     quarantine: Path
     """The rows that were not used, as JSON lines of source, file, line, reason and row."""
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of a packed row, and of the longest example."""
+        return self.report.max_length
+
 
 def prepare(recipe: Recipe, base: BaseRef, cache: Path) -> Prepared:
     """Opens the recipe's data set, building it first if `cache` does not have it.
@@ -79,7 +82,9 @@ def prepare(recipe: Recipe, base: BaseRef, cache: Path) -> Prepared:
                 remove_leftovers(cache)
                 _build(quiet, base, cache / key, files)
     recipe.mark_read(_meta(cache / key)["read"])
-    return open_prepared(cache, key)
+    prepared = open_prepared(cache, key)
+    prepared.report.max_length_note = effective_max_length(quiet, base)[1]
+    return prepared
 
 
 def open_prepared(cache: Path, fingerprint: str) -> Prepared:
@@ -116,9 +121,8 @@ def effective_max_length(recipe: Recipe, base: BaseRef) -> tuple[int, str | None
 
 
 def _build(quiet: Recipe, base: BaseRef, folder: Path, files: dict[str, str]) -> None:
-    from tunesmith.trainers.models import load_tokenizer
-
     from tunesmith.trainers.data.build import Builder
+    from tunesmith.trainers.models import load_tokenizer
 
     quiet.forget_reads()
     rules = _rules(quiet, base)
@@ -140,7 +144,7 @@ def _rules(recipe: Recipe, base: BaseRef) -> Rules:
     return Rules(
         recipe.data.loss_on or ("all" if pretraining else "assistant"),
         recipe.data.long_rows or ("split" if pretraining else "truncate"),
-        *effective_max_length(recipe, base),
+        effective_max_length(recipe, base)[0],
     )
 
 
@@ -148,10 +152,8 @@ def _fingerprint(quiet: Recipe, base: BaseRef, files: dict[str, str]) -> str:
     data = quiet.data.model_dump(mode="json", exclude={"packing"})
     for source in [*data["train"], *(data["validation"] or [])]:
         del source["weight"]
-    max_length, note = effective_max_length(quiet, base)
     parts = {
-        "data": data | {"max_length": max_length},
-        "note": note,
+        "data": data | {"max_length": effective_max_length(quiet, base)[0]},
         "objective": quiet.objective.kind,
         "files": files,
         "tokenizer": _hashes(base_files(Path(base.path))),

@@ -79,6 +79,11 @@ class DataReport(BaseModel):
     leaked_rows: int = 0
     """Rows of `data.validation` that are also trained on."""
 
+    @property
+    def skipped_rows(self) -> int:
+        """Rows that no example came from."""
+        return sum(source.bad + source.dropped for source in self.sources)
+
     def lines(self) -> list[str]:
         """What a person should know, a line each."""
         said = [_source_line(source) for source in self.sources]

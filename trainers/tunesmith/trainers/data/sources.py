@@ -46,7 +46,7 @@ def read_rows(source: Source) -> Iterator[RawRow]:
         yield from _read_dataset(source, files)
         return
     for file in files:
-        yield from _READERS[_suffix(file)](file)
+        yield from _READERS[_suffix(file) or ""](file)
 
 
 def find_files(path: str) -> list[str]:
@@ -126,13 +126,14 @@ def _suffix(name: str) -> str | None:
     return path.suffix if path.suffix in SUFFIXES else None
 
 
-def _open(file: str) -> Any:
-    return fsspec.open(file, "rb", compression="infer").open()
+def _open(file: str, compression: str | None = "infer") -> Any:
+    fs, inner = fsspec.core.url_to_fs(file)
+    return fs.open(inner, "rb", compression=compression)
 
 
 def _sha256(file: str) -> str:
     digest = hashlib.sha256()
-    with fsspec.open(file, "rb").open() as stream:
+    with _open(file, compression=None) as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -219,7 +220,7 @@ def _read_parquet(file: str) -> Iterator[RawRow]:
 
     number = 0
     try:
-        with fsspec.open(file, "rb").open() as stream:
+        with _open(file, compression=None) as stream:
             for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
@@ -231,13 +232,14 @@ def _read_parquet(file: str) -> Iterator[RawRow]:
 def _read_dataset(source: Source, folders: list[str]) -> Iterator[RawRow]:
     """A folder written by `save_to_disk`, or a data set of the hub at the commit that `fingerprints` names."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         if folders:
             data = datasets.load_from_disk(folders[0])
         else:
             data = datasets.load_dataset(source.path, split=source.split, revision=_hub_commit(source.path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise DataError(f"data set {source.path} cannot be read: {error}") from error
     if isinstance(data, datasets.DatasetDict):
         if source.split not in data:

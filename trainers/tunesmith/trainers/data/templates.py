@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tunesmith.cluster.errors import DataError
 from tunesmith.trainers.data.formats import Conversation
@@ -153,16 +153,19 @@ class Renderer:
     ) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, indices = render_jinja_template(
-            conversations=[messages],
-            tools=tools,
-            chat_template=self.template,
-            add_generation_prompt=prompt,
-            return_assistant_tokens_mask=spans,
-            strftime_now=_DAY.strftime,
-            **self._names,
+        names: dict[str, Any] = {**self._names, "strftime_now": _DAY.strftime}
+        texts, indices = cast(
+            tuple[list[str], list[list[tuple[int, int]]]],
+            render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=self.template,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=spans,
+                **names,
+            ),
         )
-        return texts[0], list(indices[0]) if spans else []
+        return texts[0], indices[0] if spans else []
 
     def _marks_generation(self) -> bool:
         """Whether the template has `{% generation %}` and the spans it yields hold the answer and nothing asked.

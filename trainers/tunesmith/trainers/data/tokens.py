@@ -120,7 +120,7 @@ class Spool:
         if not offsets[-1]:
             np.save(folder / f"{name}.npy", np.zeros(0, kind))
             return
-        read = np.memmap(self._folder / f"{name}.bin", dtype=kind, mode="r")
+        read = np.asarray(np.memmap(self._folder / f"{name}.bin", dtype=kind, mode="r"))
         written = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=(int(offsets[-1]),))
         for start, begin, end in zip(starts, offsets[:-1], offsets[1:], strict=True):
             written[begin:end] = read[start : start + end - begin]
