@@ -94,6 +94,29 @@ def run(recipe: Recipe, allow_change: bool = False, on_event: Listener = ignore)
             raise
 
 
+def plan(recipe: Recipe, on_event: Listener = ignore) -> dict[str, Any]:
+    """Checks everything that `run` checks before it trains, and says what it would do.
+
+    Raises:
+        UsageError: as `run`.
+    """
+    with RaySession(recipe.cluster.address) as session:
+        inputs = check(recipe, session, on_event)
+    need, folder = inputs.need, inputs.folder
+    workers = f"{need.workers} worker{'s' if need.workers > 1 else ''} of {need.cpus:g} CPUs"
+    on_event(Note(f"run {folder.name} would train on {workers}{f' and {need.gpus:g} GPUs' if need.gpus else ''}"))
+    return {
+        "run": folder.name,
+        "folder": str(folder.root),
+        "base": inputs.base.reference,
+        "workers": need.workers,
+        "cpus_per_worker": need.cpus,
+        "gpus_per_worker": need.gpus,
+        "goes_on_from_step": newest_step(folder),
+        "data": inputs.prepared.report.model_dump(mode="json"),
+    }
+
+
 def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore, start_ray: bool = False) -> Inputs:
     """Checks the output folder, base model, resources and data; leaves nothing behind but the data's cache.
 
