@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 from rich.console import Console
+
 from tunesmith.cluster.events import Ended, Note, Step, Training, Warned
 from tunesmith.cluster.progress import Display, StepState, duration
 

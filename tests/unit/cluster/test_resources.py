@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tunesmith.cluster.errors import ResourceError
 from tunesmith.cluster.recipe.schema import Cluster
 from tunesmith.cluster.resources import Need, Node, needs, require_resources, this_machine

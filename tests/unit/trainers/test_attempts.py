@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tunesmith.trainers.attempts import GiveUp, LostAttempt, Retry, decide
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tunesmith.cluster.errors import DiskFullError, NonFiniteError, StoppedError, TunesmithError, WorkerError
 from tunesmith.trainers.outcome import AttemptOutcome, read_outcome, write_outcome
 from tunesmith.trainers.worker import is_lost_peer

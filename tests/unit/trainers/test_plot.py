@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tunesmith.trainers.plot import draw_losses, smooth
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 
 import pytest
+
 from tunesmith.cluster.errors import InterruptedRunError, StoppedError
 from tunesmith.trainers.stopping import StopSignals
 
