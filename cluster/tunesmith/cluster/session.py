@@ -45,6 +45,10 @@ def cluster_address(address: str | None) -> str | None:
     return address or os.environ.get("RAY_ADDRESS") or None
 
 
+_CONNECTING = threading.Lock()
+"""Two sessions of one process that start together share one Ray."""
+
+
 class RaySession:
     """Starts or joins Ray in the background, and ends only what it started.
 
@@ -127,7 +131,8 @@ class RaySession:
     def _live(self) -> None:
         ours = False
         try:
-            ours = self._connect()
+            with _CONNECTING:
+                ours = self._connect()
         except (Exception, SystemExit) as failure:  # noqa: BLE001 - handed to the caller of nodes()
             self._failure = failure
         self._ready.set()

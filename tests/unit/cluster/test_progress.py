@@ -62,7 +62,7 @@ def test_an_evaluation_before_the_first_step_needs_no_loss():
 
 
 def test_without_a_terminal_only_some_steps_are_said():
-    begun = Training("bot", 1, 0, None, 1.0)
+    begun = Training("bot", 1, 0, None)
     text = shown(begun, *(Step(line(step)) for step in range(1, 11)), Ended())
     assert text.count("step ") == 2  # the first and the last
     assert "run bot starts" in text
@@ -70,7 +70,7 @@ def test_without_a_terminal_only_some_steps_are_said():
 
 
 def test_a_resumed_attempt_says_from_where():
-    assert "run bot goes on from step 40, attempt 2" in shown(Training("bot", 2, 40, 100, 1.0))
+    assert "run bot goes on from step 40, attempt 2" in shown(Training("bot", 2, 40, 100))
 
 
 def test_paths_in_brackets_are_text_and_not_markup():
@@ -80,7 +80,7 @@ def test_paths_in_brackets_are_text_and_not_markup():
 
 
 def test_on_a_terminal_there_is_a_bar_with_the_facts():
-    text = shown(Training("bot", 1, 0, 10, 1.0), Step(line(5)), Ended(), terminal=True)
+    text = shown(Training("bot", 1, 0, 10), Step(line(5)), Ended(), terminal=True)
     assert "step 5/10" in text
     assert "saved at 4" in text
 

@@ -7,6 +7,7 @@ import threading
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
@@ -85,16 +86,16 @@ class _Work(threading.Thread):
     def __init__(self, trainer: ClusterTrainer) -> None:
         super().__init__(name="ray-train", daemon=True)
         self._trainer = trainer
-        self.failure: TrainingFailedError | None = None
+        self.failure: TrainingFailedError | RayError | None = None
 
     def run(self) -> None:
         try:
             self._trainer.fit()
-        except TrainingFailedError as failure:
+        except (TrainingFailedError, RayError) as failure:
             self.failure = failure
 
 
-def _ending(failure: TrainingFailedError | None, folder: RunFolder) -> Ending:
+def _ending(failure: TrainingFailedError | RayError | None, folder: RunFolder) -> Ending:
     if isinstance(failure, WorkerGroupError):
         died = {
             rank: f"{read_presence(folder, rank)} {'hangs' if isinstance(error, WorkerHealthCheckTimeoutError) else 'died'}"
@@ -105,6 +106,8 @@ def _ending(failure: TrainingFailedError | None, folder: RunFolder) -> Ending:
         return Ending(died, raised)
     if isinstance(failure, ControllerError):
         return Ending({0: f"Ray Train could not start the workers: {_first_line(failure.controller_failure)}"})
+    if failure is not None:
+        return Ending({0: f"Ray lost the controller: {_first_line(failure)}"})
     return Ending()
 
 

@@ -206,7 +206,7 @@ def _attempts(
     signals.stop_with(folder.request_stop)
     while True:
         attempt, from_step = folder.begin_attempt(), newest_step(folder)
-        on_event(Training(recipe.name, attempt, from_step, recipe.train.max_steps, recipe.train.epochs or 1.0))
+        on_event(Training(recipe.name, attempt, from_step, recipe.train.max_steps))
         ending = fit(recipe, inputs, attempt, allow_change, signals, on_event)
         on_event(Ended())
         draw(folder)
