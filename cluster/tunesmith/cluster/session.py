@@ -11,6 +11,7 @@ import tempfile
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tunesmith.cluster.errors import ResourceError
 from tunesmith.cluster.resources import GIB, Node, this_machine
@@ -25,6 +26,7 @@ TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a lost worker is noticed in half a second, not two
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a recipe mean the same in a worker
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print everything twice
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
 }
 """How Ray Train behaves in our runs. Ray hands them on to its controller and workers."""
@@ -33,6 +35,7 @@ LOCAL_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process fewer; this machine drains with its driver
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: every port on the loopback interface only
 }
 """Besides, in a Ray of our own."""
 
@@ -40,6 +43,10 @@ LOCAL_SETTINGS = {
 def cluster_address(address: str | None) -> str | None:
     """Where to connect: the recipe's address, else RAY_ADDRESS, else None, which means a Ray of our own."""
     return address or os.environ.get("RAY_ADDRESS") or None
+
+
+_CONNECTING = threading.Lock()
+"""Two sessions of one process that start together share one Ray."""
 
 
 class RaySession:
@@ -124,7 +131,8 @@ class RaySession:
     def _live(self) -> None:
         ours = False
         try:
-            ours = self._connect()
+            with _CONNECTING:
+                ours = self._connect()
         except (Exception, SystemExit) as failure:  # noqa: BLE001 - handed to the caller of nodes()
             self._failure = failure
         self._ready.set()
@@ -141,6 +149,8 @@ class RaySession:
 
         if ray.is_initialized():
             return False
+        # Ray prints what its raylet has to say, such as a killed worker, on our standard output, which carries data.
+        ray._private.worker.print_to_stdstream = _drop_ray_output
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         if self.address is not None:
             ray.init(address=self.address, **quiet)
@@ -180,6 +190,10 @@ class RaySession:
             if value is None:
                 os.environ.pop(name, None)
         self._saved_environment.clear()
+
+
+def _drop_ray_output(data: dict[str, Any], ignore_prefix: bool) -> None:
+    logging.getLogger("ray").debug("%s", data)
 
 
 def _token_exists() -> bool:
