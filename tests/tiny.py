@@ -33,7 +33,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "gemma2": {"sliding_window": 6, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 4.0},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "router_aux_loss_coef": 0.01},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "router_aux_loss_coef": 0.01,
+    },
 }
 
 

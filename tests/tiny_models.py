@@ -51,10 +51,17 @@ def config(kind: str, **changes: Any) -> Any:
     if kind in ("llama", "tied"):
         return LlamaConfig(intermediate_size=48, tie_word_embeddings=kind == "tied", **sizes)
     if kind == "mixtral":
-        return MixtralConfig(intermediate_size=24, num_local_experts=4, num_experts_per_tok=2, sliding_window=None, **sizes)
+        return MixtralConfig(
+            intermediate_size=24, num_local_experts=4, num_experts_per_tok=2, sliding_window=None, **sizes
+        )
     assert kind == "qwen3_moe", kind
     return Qwen3MoeConfig(
-        intermediate_size=48, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, **sizes
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        **sizes,
     )
 
 

@@ -58,17 +58,26 @@ def verify(folder: Path) -> Manifest:
     """
     manifest = read_manifest(folder)
     for name, record in manifest.files.items():
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            if size != record.size:
-                raise CheckpointError(f"{path}: {size} bytes, but {record.size} were written")
-            digest = sha256_file(path)
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror or error}") from error
-        if digest != record.sha256:
-            raise CheckpointError(f"{path}: sha256 {digest[:12]}…, but {record.sha256[:12]}… was written")
+        check_file(folder, name, record)
     return manifest
+
+
+def check_file(folder: Path, name: str, record: FileRecord) -> None:
+    """Reads one file of a committed folder and compares it with its record.
+
+    Raises:
+        CheckpointError: names the file that is missing, of another size or of another hash.
+    """
+    path = folder / name
+    try:
+        size = path.stat().st_size
+        if size != record.size:
+            raise CheckpointError(f"{path}: {size} bytes, but {record.size} were written")
+        digest = sha256_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    if digest != record.sha256:
+        raise CheckpointError(f"{path}: sha256 {digest[:12]}…, but {record.sha256[:12]}… was written")
 
 
 class SourceCounts(BaseModel):

@@ -94,7 +94,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         DiskFullError: the bytes do not fit.
     """
     payload = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f"{path.name}{_TEMPORARY}{uuid.uuid4().hex[:8]}")
+    temporary = _temporary_name(path)
     try:
         with explained(path, len(payload)):
             with open(temporary, "wb") as file:
@@ -156,7 +156,7 @@ def begin_folder(final: Path) -> Path:
     """Makes the temporary folder that `commit` will rename to `final`."""
     with explained(final, 0):
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f"{final.name}{_TEMPORARY}{uuid.uuid4().hex[:8]}")
+        temporary = _temporary_name(final)
         temporary.mkdir()
     return temporary
 
@@ -173,14 +173,17 @@ def commit(temporary: Path, final: Path, files: Mapping[str, FileRecord], extra:
         for folder in _folders_of(files):
             fsync_folder(temporary / folder)
         write_atomic(temporary / MANIFEST, text)
-        if final.exists():
-            replaced = final.with_name(f"{final.name}{_TEMPORARY}{uuid.uuid4().hex[:8]}")
-            os.rename(final, replaced)
-            os.rename(temporary, final)
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.rename(temporary, final)
+        replaced = _hide(final) if final.exists() else None
+        os.rename(temporary, final)
         fsync_folder(final.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def discard(final: Path) -> None:
+    """Removes a committed folder: by a rename first, so that no half of it is ever taken for the whole."""
+    with explained(final, 0):
+        shutil.rmtree(_hide(final), ignore_errors=True)
 
 
 def manifest_digest(document: Mapping[str, Any]) -> str:
@@ -248,6 +251,16 @@ def remove_leftovers(parent: Path) -> list[Path]:
 def is_temporary(path: Path) -> bool:
     """Whether a name is that of a folder or file not yet committed."""
     return _TEMPORARY in path.name
+
+
+def _hide(final: Path) -> Path:
+    hidden = _temporary_name(final)
+    os.rename(final, hidden)
+    return hidden
+
+
+def _temporary_name(final: Path) -> Path:
+    return final.with_name(f"{final.name}{_TEMPORARY}{uuid.uuid4().hex[:8]}")
 
 
 def _is_held(folder: Path) -> bool:

@@ -20,7 +20,14 @@ from tunesmith.trainers.adaptations import lora
 def recipe(base: Path, adaptation: Any = "lora", **sections: Any) -> Recipe:
     model = {"base": str(base), **sections.pop("model", {})}
     return Recipe.model_validate(
-        {"name": "t", "model": model, "data": {"train": "x.jsonl"}, "objective": "sft", "adaptation": adaptation, **sections}
+        {
+            "name": "t",
+            "model": model,
+            "data": {"train": "x.jsonl"},
+            "objective": "sft",
+            "adaptation": adaptation,
+            **sections,
+        }
     )
 
 
@@ -47,10 +54,12 @@ def test_full_trains_every_weight_and_loads_what_transformers_loads(base: Path, 
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in ours.state_dict().items())
 
 
-def test_all_linear_is_pefts_all_linear(base: Path, tmp_path: Path) -> None:
+def test_all_linear_is_pefts_all_linear_but_for_routers_and_fused_experts(base: Path, tmp_path: Path) -> None:
     ours = build(recipe(base), tmp_path)
+    dense = "moe" not in base.name and "mixtral" not in base.name
+    targets = "all-linear" if dense else ["q_proj", "k_proj", "v_proj", "o_proj"]
     theirs = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=16, lora_alpha=32, target_modules=targets)
     )
     assert {n for n, _ in ours.named_parameters()} == {n for n, _ in theirs.named_parameters()}
     trainable = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
@@ -90,7 +99,9 @@ def test_bf16_lora_is_the_fp32_start_rounded(llama: Path, tmp_path: Path) -> Non
 def test_target_modules_are_kept_in_sorted_order(llama: Path, tmp_path: Path) -> None:
     model = build(recipe(llama), tmp_path)
     expected = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    assert lora.peft_targets(model.get_base_model(), ["v_proj", "q_proj"]) == ["q_proj", "v_proj"]
+    plain = AutoModelForCausalLM.from_pretrained(llama)
+    assert lora.peft_targets(plain, "all-linear") == expected
+    assert lora.peft_targets(plain, ["v_proj", "q_proj"]) == ["q_proj", "v_proj"]
     assert sorted(model.peft_config["default"].target_modules) == expected
 
 
@@ -104,12 +115,10 @@ def test_target_modules_are_kept_in_sorted_order(llama: Path, tmp_path: Path) ->
         ("(", "no regular expression"),
     ],
 )
-def test_a_target_that_matches_nothing_names_the_nearest(
-    llama: Path, tmp_path: Path, targets: Any, said: str
-) -> None:
+def test_a_target_that_matches_nothing_names_the_nearest(llama: Path, tmp_path: Path, targets: Any, said: str) -> None:
     wrong = recipe(llama, {"kind": "lora", "target_modules": targets})
     base = models.resolve_base(str(llama), None, tmp_path)
-    with pytest.raises(ModelError, match="adaptation.target_modules") as error:
+    with pytest.raises(ModelError, match=r"adaptation\.target_modules") as error:
         models.check_adaptation(wrong, base)
     assert said in str(error.value)
     assert error.value.exit_code == 2
@@ -125,11 +134,23 @@ def test_targets_that_match_pass_the_check(llama: Path, tmp_path: Path, targets:
     assert len(matched) == {"all-linear": 14, ".*\\.layers\\.1\\..*(q|v)_proj": 2}.get(str(targets), 4)
 
 
-def test_fused_experts_are_not_named_as_layers(tmp_path: Path) -> None:
-    mixtral = tiny_models.make("mixtral", tmp_path / "mixtral")
-    wrong = recipe(mixtral, {"kind": "lora", "target_modules": ["w1"]})
-    with pytest.raises(ModelError, match="'w1' matches none"):
-        models.check_adaptation(wrong, models.resolve_base(str(mixtral), None, tmp_path))
+@pytest.mark.parametrize(
+    ("kind", "target", "said"), [("mixtral", "w1", "'w1' matches none"), ("qwen3_moe", "up_proj", "fused experts")]
+)
+def test_a_target_that_peft_would_send_to_fused_experts_is_refused(
+    tmp_path: Path, kind: str, target: str, said: str
+) -> None:
+    folder = tiny_models.make(kind, tmp_path / kind, **({"mlp_only_layers": [0]} if kind == "qwen3_moe" else {}))
+    wrong = recipe(folder, {"kind": "lora", "target_modules": ["q_proj", target]})
+    with pytest.raises(ModelError, match=said):
+        models.check_adaptation(wrong, models.resolve_base(str(folder), None, tmp_path))
+    adapted = build(recipe(folder), tmp_path)
+    assert {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -30,8 +30,12 @@ def _trl_trainer(model: Any, folder: Path) -> Any:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_word_tokenizer(), eos_token="w2", pad_token="w0", bos_token="w1"
     )
-    arguments = SFTConfig(str(folder), use_cpu=True, report_to="none", bf16=False, dataset_kwargs={"skip_prepare_dataset": True})
-    return SFTTrainer(model, arguments, train_dataset=Dataset.from_dict({"input_ids": [[1, 2]]}), processing_class=tokenizer)
+    arguments = SFTConfig(
+        str(folder), use_cpu=True, report_to="none", bf16=False, dataset_kwargs={"skip_prepare_dataset": True}
+    )
+    return SFTTrainer(
+        model, arguments, train_dataset=Dataset.from_dict({"input_ids": [[1, 2]]}), processing_class=tokenizer
+    )
 
 
 def _word_tokenizer() -> Tokenizer:

@@ -15,25 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
+from tunesmith.cluster.artifacts import MaskReceipt
 from tunesmith.cluster.errors import ChangedError, NonFiniteError
-from tunesmith.cluster.metrics import MetricsLog
+from tunesmith.cluster.metrics import MetricsLog, read_metrics
 from tunesmith.cluster.recipe.load import recipe_hash, unread_error
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.runs import RunFolder
-from tunesmith.trainers import finish, zero
+from tunesmith.trainers import zero
 from tunesmith.trainers.batch import Batch, collate, idle
 from tunesmith.trainers.checkpoint import CheckpointStore
-from tunesmith.trainers.data.prepare import Prepared, effective_max_length, prepare
+from tunesmith.trainers.data.prepare import Prepared, prepare
 from tunesmith.trainers.engine import build_engine
 from tunesmith.trainers.evaluate import HeldOut
+from tunesmith.trainers.export import write_artifact
 from tunesmith.trainers.gradients import GradientWatch
-from tunesmith.trainers.models import BaseRef
+from tunesmith.trainers.logs import Log, numbers, open_logs, require_installed
+from tunesmith.trainers.models import BaseRef, load_tokenizer
 from tunesmith.trainers.objectives import OBJECTIVES
 from tunesmith.trainers.packing import BatchPlan, Mixture, StepPlan
 from tunesmith.trainers.policy import score
+from tunesmith.trainers.ranks import on_first
+from tunesmith.trainers.receipts.mask import write_mask_receipt
 from tunesmith.trainers.schedule import Schedule
 
 Report = Callable[[dict[str, Any]], None]
@@ -117,6 +123,7 @@ class Trainer:
         self.run_folder = RunFolder(job.run)
         self.metrics = MetricsLog(self.run_folder.metrics)
         self.progress = Progress()
+        self.logs: list[Log] = []
 
     def set_up(self) -> None:
         """Data, plan, model, engine and checkpoints; then every key the user wrote has been read, or the run stops."""
@@ -124,12 +131,11 @@ class Trainer:
         self.data: Prepared = prepare(recipe, self.job.base, self.job.cache)
         self.rows = train.per_device_train_batch_size
         self.accumulation = train.gradient_accumulation_steps
-        self.max_length, _ = effective_max_length(recipe, self.job.base)
-        self.plan = _plan(recipe, self.data, self.max_length, self.world)
+        self.plan = _plan(recipe, self.data, self.world)
         self.total_steps = self.plan.total_steps(train.epochs, train.max_steps)
         self.schedule = Schedule.of(train, self.total_steps)
         self.objective = OBJECTIVES[recipe.objective.kind]
-        self.held_out = _held_out(recipe, self.data, self.max_length)
+        self.held_out = _held_out(recipe, self.data)
         self.eval_steps = train.eval_steps if self.held_out else None
         self.early_stopping = train.early_stopping if self.held_out else None
         use_best = train.load_best_model_at_end if self.held_out else False
@@ -145,8 +151,8 @@ class Trainer:
             self.run_folder,
             train.save_total_limit,
         )
-        self.finisher = finish.Finisher(self)
-        self.logs = finish.open_logs(recipe, self.run_folder, self.rank)
+        self.parity_rows, self.save_steps = recipe.eval.parity_rows, train.save_steps
+        require_installed(recipe.output.report_to)
         if (error := unread_error(recipe)) is not None:
             raise error
 
@@ -169,9 +175,7 @@ class Trainer:
         """Trains to the end, or until it is asked to stop."""
         self.set_up()
         self.resume()
-        self.finisher.before_training()
-        if self.rank == 0:
-            self.metrics.truncate_after(self.progress.step if self.progress.step else -1)
+        self.open_books()
         if self.progress.step == 0 and self.held_out:
             self.log({"step": 0, "eval_loss": self.held_out.loss(self.engine, self.device)})
         self.engine.train()
@@ -180,13 +184,35 @@ class Trainer:
             is_best = self.evaluate_if_due(record)
             is_last = self.progress.step == self.total_steps or self.is_out_of_patience()
             self.log(record)
-            if is_best or is_last or must_stop or self.progress.step % self.recipe.train.save_steps == 0:
+            if is_best or is_last or must_stop or self.progress.step % self.save_steps == 0:
                 self.save(record.get("eval_loss"))
             if must_stop and not is_last:
                 return Outcome(finished=False, step=self.progress.step)
         if self.use_best and (best := self.checkpoints.best()) is not None:
             self.checkpoints.load(self.engine, best)
-        return Outcome(finished=True, step=self.progress.step, metrics=self.finisher.after_training())
+        return Outcome(finished=True, step=self.progress.step, metrics=self.finish())
+
+    def open_books(self) -> None:
+        """The mask receipt, and the metrics without the steps that are about to be repeated."""
+        done, run = self.progress.step, self.run_folder
+        on_first(self.write_mask_receipt)
+        if self.rank == 0:
+            self.metrics.truncate_after(done or -1)
+            self.logs = open_logs(self.recipe, run, done + 1 if done else 0)
+
+    def write_mask_receipt(self) -> MaskReceipt:
+        """Shows which tokens of the packed rows are trained; fails when they are the wrong ones."""
+        tokenizer = load_tokenizer(self.job.base)
+        return write_mask_receipt(self.run_folder.receipts, self.data, self.plan.epoch_packs(0), tokenizer)
+
+    def finish(self) -> dict[str, float | None]:
+        """Writes the artifact and its receipts; returns the run's closing figures."""
+        write_artifact(self.engine, self.recipe, self.job.base, self.run_folder, self.data, self.device)
+        for log in self.logs:
+            log.close()
+        return closing_figures(
+            read_metrics(self.run_folder.metrics), self.progress.best_loss if self.use_best else None
+        )
 
     def step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its metrics and whether the run is asked to stop.
@@ -233,8 +259,8 @@ class Trainer:
             "labels": labels,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
-            "memory_gib": finish.memory_gib(self.device),
-            "skipped_rows": self.data.report.skipped_rows,
+            "memory_gib": memory_gib(self.device),
+            "skipped_rows": sum(source.bad + source.dropped for source in self.data.report.sources),
             "checkpoint": self.checkpoints.last_saved,
             "total_steps": self.total_steps,
         }
@@ -313,7 +339,8 @@ class Trainer:
         """Writes a line of metrics and reports it."""
         if self.rank == 0:
             self.metrics.append(record)
-            self.logs.write(record)
+            for log in self.logs:
+                log.write(record["step"], numbers(record))
         self.report(record)
 
 
@@ -330,23 +357,48 @@ def train(job: TrainJob, report: Report) -> Outcome:
     return Trainer(job, report).run()
 
 
+def closing_figures(lines: list[dict[str, Any]], best_loss: float | None) -> dict[str, float | None]:
+    """What a run is summed up by.
+
+    Returns:
+        `train_loss`: mean over all steps; `eval_loss`: of the weights in the artifact, None without held-out rows;
+        `tokens_per_second`: median over the steps, all workers together.
+    """
+    steps = [line for line in lines if "loss" in line]
+    evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    return {
+        "train_loss": float(np.mean([line["loss"] for line in steps])),
+        "eval_loss": best_loss if best_loss is not None else evaluated[-1] if evaluated else None,
+        "tokens_per_second": float(np.median([line["tokens_per_second"] for line in steps])),
+    }
+
+
+def memory_gib(device: torch.device) -> float:
+    """Most memory that tensors took on a GPU; on a CPU, what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
 def _dropout_seed(*numbers: int) -> int:
     """A seed of its own for every micro-batch, so that dropout needs no state in a checkpoint."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _plan(recipe: Recipe, data: Prepared, max_length: int, world: int) -> BatchPlan:
+def _plan(recipe: Recipe, data: Prepared, world: int) -> BatchPlan:
     weights = [source.weight for source in recipe.data.train]
     return BatchPlan(
         length_B=data.train.lengths,
         mixture=Mixture(data.train.source, tuple(w for w in weights if w is not None) or None),
-        capacity=max_length if recipe.data.packing else None,
+        capacity=data.report.max_length if recipe.data.packing else None,
         rows_per_step=world * recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps,
         seed=recipe.train.seed,
     )
 
 
-def _held_out(recipe: Recipe, data: Prepared, max_length: int) -> HeldOut | None:
+def _held_out(recipe: Recipe, data: Prepared) -> HeldOut | None:
     if len(data.validation) == 0:
         return None
-    return HeldOut(data.validation, max_length * recipe.train.per_device_train_batch_size, recipe.eval.max_rows)
+    return HeldOut(
+        data.validation, data.report.max_length * recipe.train.per_device_train_batch_size, recipe.eval.max_rows
+    )

@@ -206,15 +206,14 @@ def _model_errors(base: BaseRef) -> Iterator[None]:
 
 
 def _surely_matches(targets: str | list[str], base: BaseRef) -> bool:
-    """Whether the weight files alone prove that every target names a linear layer. Experts are fused when loaded, so
-    the names of their matrices prove nothing."""
+    """Whether the weight files alone prove that every target names a matrix. Names in a mixture-of-experts model prove
+    nothing: experts are fused when they are loaded."""
     if targets == "all-linear":
         return True
     if isinstance(targets, str):
         return False
-    names = [
-        name.removesuffix(".weight")
-        for name, shape in tensor_shapes(Path(base.path)).items()
-        if len(shape) == 2 and name.endswith(".weight") and "experts" not in name
-    ]
+    shapes = tensor_shapes(Path(base.path))
+    if any("experts" in name for name in shapes):
+        return False
+    names = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
     return all(any(name.endswith(f".{target}") for name in names) for target in targets)

@@ -40,7 +40,8 @@ def deepspeed_config(recipe: Recipe, on_gpu: bool) -> dict[str, Any]:
     }
     if number_format == "bf16":
         config["bf16"] = {"enabled": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if stage(recipe.cluster) > 0:  # without ZeRO, DeepSpeed accumulates in the gradients' own format
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
     elif number_format == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
     return config

@@ -1,0 +1,294 @@
+"""Runs stages of checkpointed training, each in fresh processes; a program of its own, called by the tests.
+
+    python checkpoint_job.py STAGES.json RESULTS.json
+
+torch and DeepSpeed are imported once. For every stage the ranks are then forked, join a gloo group, build an engine
+around a small model, train some steps, save and resume, and write down what they saw. `kill_at: [rank, k]` ends a rank
+by SIGKILL just before its k-th operation on files (open for writing, write, fsync, mkdir, rename) during a save.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tunesmith.cluster.errors import TunesmithError
+from tunesmith.cluster.runs import RunFolder
+from tunesmith.trainers.checkpoint import CheckpointStore
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    run: str
+    steps: int
+    zero: int = 0
+    world: int = 2
+    precision: str = "fp32"
+    frozen: bool = False
+    width: int = 8
+    save_at: tuple[int, ...] = ()
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    keep: int = 2
+    resume: str = "no"  # no | newest | best
+    load_afterwards: int | None = None  # a step to go back to in the same process, and train from again
+    weight_decay: float = 0.01
+    clipping: float = 0.5
+    kill_at: tuple[int, int] | None = None
+    seconds: float = 60.0
+
+
+class Model(nn.Module):
+    """A frozen or trainable body, an update beside it, a buffer, tied weights, dropout."""
+
+    def __init__(self, width: int, frozen: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, width)
+        self.body = nn.Linear(width, width)
+        self.down = nn.Linear(width, 2, bias=False)
+        self.up = nn.Linear(2, width, bias=False)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 16, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("scale", torch.ones(1))
+        if frozen:
+            for part in (self.embedding, self.body):
+                part.requires_grad_(False)
+
+    def forward(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(inputs_BT)
+        hidden = self.norm(hidden + torch.tanh(self.body(hidden)) + self.up(self.down(hidden)) * self.scale)
+        hidden = nn.functional.dropout(hidden, 0.1)
+        logits = self.head(hidden).float()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets_BT.flatten())
+
+
+def build(stage: Stage) -> Any:
+    torch.manual_seed(0)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": stage.clipping,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage.zero, "stage3_param_persistence_threshold": 0},
+    }
+    if stage.precision == "bf16":
+        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    model = Model(stage.width, stage.frozen)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": stage.weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+def train_step(engine: Any, step: int) -> str:
+    """One optimizer step, a function of the weights and the step's number; the exact loss as hex."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 1e-2 / (step + 1)
+    torch.manual_seed(1000 * step + dist.get_rank())
+    tokens_BT = torch.randint(0, 16, (4, 9))
+    loss = engine(tokens_BT[:, :-1], tokens_BT[:, 1:])
+    engine.backward(loss)
+    engine.step()
+    return float(loss.detach()).hex()
+
+
+def weights_hash(engine: Any) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            digest.update(name.encode())
+            digest.update(parameter.detach().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def work(stage: Stage, rank: int, seen: dict[str, Any]) -> None:
+    run = RunFolder(Path(stage.run))
+    if rank == 0:
+        run.create()
+        run.begin_attempt()
+    dist.barrier()
+    store = CheckpointStore(run.checkpoints, rank, stage.world, run.current_attempt(), run, stage.keep)
+    engine = build(stage)
+    first = 0
+    if stage.resume != "no":
+        newest = store.newest()
+        path = store.best() if stage.resume == "best" else newest[0] if newest else None
+        seen["warnings"] = store.warnings
+        if path is not None:
+            first = store.load(engine, path)["step"]
+            seen["resumed"] = first
+    seen["decay"] = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    for step in range(first, stage.steps):
+        seen["losses"][step + 1] = train_step(engine, step)
+        if step + 1 in stage.save_at:
+            seen["saving"] = step + 1
+            _Killer.armed = rank == (stage.kill_at or (None,))[0]
+            store.save(engine, step + 1, {"note": "kept"}, stage.metrics.get(str(step + 1)))
+            seen["saved"].append(step + 1)
+            _Killer.armed = False
+    seen["operations"] = _Killer.count
+    seen["weights"] = weights_hash(engine)
+    if stage.load_afterwards is not None:
+        store.load(engine, run.checkpoints / f"step-{stage.load_afterwards:08d}")
+        seen["again"] = {step + 1: train_step(engine, step) for step in range(stage.load_afterwards, stage.steps)}
+        seen["weights_again"] = weights_hash(engine)
+
+
+class _Killer:
+    """Counts operations on files, and ends this process just before the k-th."""
+
+    count = 0
+    armed = False
+    limit: int | None = None
+
+    @classmethod
+    def step(cls) -> None:
+        if cls.armed:
+            cls.count += 1
+            if cls.count == cls.limit:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    @classmethod
+    def install(cls, limit: int | None) -> None:
+        cls.limit = limit
+        for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "remove"):
+            setattr(os, name, cls.counted(getattr(os, name)))
+        real_open = builtins.open
+
+        def opened(file: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
+            if "w" not in mode:
+                return real_open(file, mode, *rest, **more)
+            cls.step()
+            return _CountedFile(real_open(file, mode, *rest, **more)) if "b" in mode else real_open(file, mode)
+
+        builtins.open = io.open = opened
+
+    @classmethod
+    def counted(cls, function: Any) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            cls.step()
+            return function(*args, **more)
+
+        return call
+
+
+class _CountedFile:
+    """A binary file whose first write counts, so that a kill can leave an empty or a half-written file."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._writes = file, 0
+
+    def write(self, data: Any) -> int:
+        self._writes += 1
+        if self._writes in (1, 4):
+            self._file.flush()
+            _Killer.step()
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> _CountedFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+def rank_main(stage: Stage, rank: int, folder: Path) -> None:
+    seen: dict[str, Any] = {"losses": {}, "saved": [], "warnings": [], "resumed": None, "error": None}
+    try:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(stage.world))
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=stage.world)
+        if stage.kill_at is not None and stage.kill_at[0] == rank:
+            _Killer.install(stage.kill_at[1])
+        work(stage, rank, seen)
+    except TunesmithError as error:
+        seen["error"] = [type(error).__name__, str(error)]
+    finally:
+        _Killer.armed = False
+        (folder / f"{rank}.json").write_text(json.dumps(seen))
+
+
+def run_stage(stage: Stage) -> list[dict[str, Any]]:
+    """Forks the ranks; when one dies the others are ended, as Ray Train does. `null` for a rank that was killed."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        alive: dict[int, int] = {}
+        for rank in range(stage.world):
+            if (pid := os.fork()) == 0:
+                try:
+                    rank_main(stage, rank, folder)
+                finally:
+                    sys.stderr.flush()
+                    os._exit(0)
+            alive[pid] = rank
+        deadline, hung = time.monotonic() + stage.seconds, False
+        while alive:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                del alive[pid]
+            if (pid and os.WIFSIGNALED(status)) or time.monotonic() > deadline:
+                hung = hung or not pid
+                for other in alive:
+                    os.kill(other, signal.SIGKILL)
+            time.sleep(0.01)
+        results = []
+        for rank in range(stage.world):
+            path = folder / f"{rank}.json"
+            results.append(
+                {**json.loads(path.read_text()), "hung": hung} if path.exists() else {"killed": True, "hung": hung}
+            )
+        return results
+
+
+def kill_everywhere(stage: Stage, killed_rank: int, stride: int) -> list[dict[str, Any]]:
+    """Kills a rank before every operation of its save in turn (every `stride`-th), resuming each time; until none is left."""
+    found = []
+    k = 1
+    while True:
+        stage_k = dataclasses.replace(stage, run=f"{stage.run}-{killed_rank}-{k}", kill_at=(killed_rank, k))
+        ranks = run_stage(stage_k)
+        folder = Path(stage_k.run) / "checkpoints"
+        left = sorted(path.name for path in folder.iterdir())
+        resumed = run_stage(dataclasses.replace(stage_k, kill_at=None, resume="newest"))
+        after = sorted(path.name for path in folder.iterdir())
+        found.append({"k": k, "ranks": ranks, "left": left, "resumed": resumed, "after": after})
+        if not ranks[killed_rank].get("killed"):
+            return found
+        k += stride
+
+
+def main() -> None:
+    # No compiled op: it waits in a busy loop, and a process killed while loading it leaves a lock behind for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    results = []
+    for item in json.loads(Path(sys.argv[1]).read_text()):
+        rank, stride = item.pop("kill_everywhere", None), item.pop("stride", 1)
+        stage = Stage(**item)
+        results.append(run_stage(stage) if rank is None else kill_everywhere(stage, rank, stride))
+        Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

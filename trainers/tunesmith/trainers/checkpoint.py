@@ -1,0 +1,302 @@
+"""Checkpoints as commits: `step-00000020/` is whole, or it is not there; a damaged one is set aside, never trusted.
+
+All methods of the store but `last_saved` are collective: every rank calls them, and every rank returns or raises the
+same. Rank 0 alone commits, sets aside and removes; files are written, hashed and checked by all ranks.
+
+Nothing is kept of random generators: the loop derives them from the step's number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from tunesmith.cluster.artifacts import Manifest, check_file, read_manifest
+from tunesmith.cluster.errors import CheckpointError, DiskFullError, StorageError, TunesmithError
+from tunesmith.cluster.runs import RunFolder
+from tunesmith.cluster.storage import (
+    FileRecord,
+    begin_folder,
+    commit,
+    discard,
+    disk_full,
+    held,
+    remove_leftovers,
+    write_atomic,
+)
+from tunesmith.trainers.checkpoint_files import SignedFiles, module_names
+from tunesmith.trainers.ranks import gather, on_first
+
+_NAME = re.compile(r"step-(\d{8,})")
+_LIBRARIES = ("tunesmith", "torch", "deepspeed", "transformers", "peft", "bitsandbytes")
+_HYPERPARAMETERS = ("betas", "eps", "weight_decay")
+_log = logging.getLogger(__name__)
+
+
+class _Written(NamedTuple):
+    """What one rank did for a checkpoint."""
+
+    files: dict[str, FileRecord]
+    wanted: int
+    error: TunesmithError | None
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they lie, on storage that every rank sees.
+        rank, world: this process, and how many there are.
+        attempt: number of this attempt at the run; an older one may not commit.
+        run: the run they belong to.
+        keep: newest checkpoints kept; the best one is kept besides.
+    """
+
+    def __init__(self, folder: Path, rank: int, world: int, attempt: int, run: RunFolder, keep: int) -> None:
+        self.folder, self.rank, self.world = folder, rank, world
+        self.attempt, self.run, self.keep = attempt, run, keep
+        self.last_saved: int | None = None
+        """Step of the newest checkpoint known to be whole; None before the first."""
+        self.warnings: list[str] = []
+        """What was found damaged, as sentences; also logged by rank 0."""
+        self._checked: dict[Path, Manifest] = {}
+
+    def save(self, engine: Any, step: int, about: Mapping[str, Any], metric: float | None = None) -> Path:
+        """Commits a checkpoint of this step, and removes those no longer kept.
+
+        Args:
+            engine: a DeepSpeed engine at the end of an optimizer step.
+            step: optimizer steps done.
+            about: what else the manifest is to say, as JSON values.
+            metric: the held-out loss at this step, if it was measured; the lowest makes the best checkpoint.
+
+        Raises:
+            DiskFullError: names the path, the bytes the checkpoint needs and the bytes free; earlier ones are intact.
+            StorageError: writing failed otherwise.
+            FencedError: a newer attempt has taken over.
+        """
+        final = self.folder / f"step-{step:08d}"
+        if final in self._checked and final.name == _name_of(self.last_saved):
+            return final  # the same step of the same attempt, asked for again
+        temporary = on_first(lambda: self._begin(final))
+        written = gather(self._write(engine, temporary))
+        extra = {
+            "kind": "checkpoint",
+            **about,
+            "step": step,
+            "world": self.world,
+            "zero_stage": engine.zero_optimization_stage(),
+            "attempt": self.attempt,
+            "metric": metric,
+            "versions": _versions(),
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self._checked[final] = on_first(lambda: self._commit(temporary, final, written, extra))
+        self.last_saved = step
+        return final
+
+    def newest(self) -> tuple[Path, Manifest] | None:
+        """The newest whole checkpoint; damaged ones on the way to it are set aside with a warning."""
+        found = self._first_whole(on_first(lambda: [path for _, path in reversed(_committed(self.folder))]))
+        if found is not None:
+            self.last_saved = found[1].about["step"]
+        return found
+
+    def best(self) -> Path | None:
+        """The whole checkpoint with the lowest metric (the earliest of equals); None if none was measured."""
+        found = self._first_whole(on_first(lambda: [path for _, _, path in sorted(_measured(self.folder))]))
+        return found[0] if found else None
+
+    def load(self, engine: Any, path: Path) -> dict[str, Any]:
+        """Puts weights and optimizer state back as they were, bit for bit; returns what the manifest says.
+
+        Weight decay, betas, epsilon and clipping stay as the engine was built with, not as they were saved; the learning
+        rate is the loop's to set.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, was made by another number of workers or another ZeRO stage, or
+                does not fit the model.
+        """
+        manifest = self._checked.get(path) or self._check(path)
+        about = manifest.about
+        layout = (self.world, engine.zero_optimization_stage())
+        if (about["world"], about["zero_stage"]) != layout:
+            raise CheckpointError(
+                f"{path}: written by {about['world']} workers under ZeRO-{about['zero_stage']}, "
+                f"but this run has {layout[0]} workers under ZeRO-{layout[1]}",
+                "Set cluster.workers and cluster.zero as they were.",
+            )
+        files = SignedFiles(path, module_names(engine.module), manifest.files)
+        before = _hyperparameters(engine)
+        engine.checkpoint_engine = files
+        loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=False)
+        _set_hyperparameters(engine, before)
+        if loaded is None:
+            raise CheckpointError(f"{path}: holds no state of the model")
+        if files.found_names != files.module_names:
+            raise CheckpointError(f"{path}: does not fit the model: {_difference(files)}")
+        return about
+
+    def _begin(self, final: Path) -> Path:
+        self.run.check_fence(self.attempt)
+        remove_leftovers(self.folder)
+        return begin_folder(final)
+
+    def _write(self, engine: Any, temporary: Path) -> _Written:
+        files = SignedFiles(temporary, module_names(engine.module))
+        engine.checkpoint_engine = files
+        engine._copy_recovery_script = lambda save_path: None  # it would be copied beside the checkpoints, uncommitted
+        with held(temporary) if self.rank == 0 else nullcontext():
+            try:
+                engine.save_checkpoint(
+                    str(temporary.parent), tag=temporary.name, save_latest=False, exclude_frozen_parameters=True
+                )
+                files.sign_folder(temporary / "offloaded_tensors" / f"rank{self.rank:02d}")
+            except OSError as error:
+                # Only its copy of NVMe shards can raise past its first barrier; two collectives of it are still due.
+                files.keep(temporary, error, 0)
+                if engine._optimizer_has_ckpt_event_epilogue():
+                    engine.optimizer.checkpoint_event_epilogue()
+                dist.barrier()
+        return _Written(files.files, files.wanted, files.error)
+
+    def _commit(self, temporary: Path, final: Path, written: Sequence[_Written], extra: Mapping[str, Any]) -> Manifest:
+        try:
+            if any(part.error for part in written):
+                raise next(part.error for part in written if part.error)
+            self.run.check_fence(self.attempt)
+            files = {name: record for part in written for name, record in part.files.items()}
+            commit(temporary, final, files, extra)
+        except TunesmithError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, DiskFullError):
+                raise disk_full(final, sum(part.wanted for part in written)) from error
+            raise
+        self._retain()
+        return read_manifest(final)
+
+    def _retain(self) -> None:
+        measured = _measured(self.folder)
+        steps = [step for step, _ in _committed(self.folder)]
+        for step in to_remove(steps, [(metric, step) for metric, step, _ in measured], self.keep):
+            discard(self.folder / f"step-{step:08d}")
+        if measured:
+            metric, step, path = min(measured)
+            write_atomic(self.run.best, json.dumps({"checkpoint": path.name, "step": step, "metric": metric}))
+
+    def _first_whole(self, candidates: Iterable[Path]) -> tuple[Path, Manifest] | None:
+        damaged: list[str] = []
+        found: tuple[Path, Manifest] | None = None
+        for path in candidates:
+            try:
+                found = path, self._checked.get(path) or self._check(path)
+                break
+            except CheckpointError as error:
+                aside = on_first(lambda path=path: _set_aside(path))
+                self._checked.pop(path, None)
+                damaged.append(f"checkpoint {path.name} is damaged ({error.what}) and was set aside as {aside.name}")
+        used = f"{found[0].name} is used instead" if found else "no whole checkpoint is left"
+        for sentence in damaged:
+            self.warnings.append(f"{sentence}; {used}")
+            if self.rank == 0:
+                _log.warning(self.warnings[-1])
+        return found
+
+    def _check(self, path: Path) -> Manifest:
+        """Reads every file of a checkpoint once, each rank its share of them."""
+        manifest = on_first(lambda: read_manifest(path))
+        problem = None
+        try:
+            for name in sorted(manifest.files)[self.rank :: self.world]:
+                check_file(path, name, manifest.files[name])
+        except CheckpointError as error:
+            problem = error
+        for error in gather(problem):
+            if error is not None:
+                raise error
+        self._checked[path] = manifest
+        return manifest
+
+
+def to_remove(steps: Sequence[int], measured: Sequence[tuple[float, int]], keep: int) -> list[int]:
+    """Which checkpoints are no longer kept: all but the newest `keep` and the best, by `(metric, step)`."""
+    best = {min(measured)[1]} if measured else set()
+    return sorted(set(steps) - set(sorted(steps)[-keep:]) - best)
+
+
+def _committed(folder: Path) -> list[tuple[int, Path]]:
+    """`(step, path)` of every committed checkpoint, oldest first; whole or not."""
+    found = [(match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return sorted((int(match[1]), path) for match, path in found)
+
+
+def _measured(folder: Path) -> list[tuple[float, int, Path]]:
+    """`(metric, step, path)` of every checkpoint whose manifest can be read and names a metric."""
+    found = []
+    for step, path in _committed(folder):
+        try:
+            metric = read_manifest(path).about.get("metric")
+        except CheckpointError:
+            continue  # whoever comes to use it sets it aside
+        if metric is not None and metric == metric:
+            found.append((metric, step, path))
+    return found
+
+
+def _set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint so that nothing takes it for one."""
+    aside = path.with_name(f"quarantined-{path.name}")
+    count = 1
+    while aside.exists():
+        count += 1
+        aside = path.with_name(f"quarantined-{path.name}-{count}")
+    try:
+        path.rename(aside)
+    except OSError as error:
+        raise StorageError(f"{path}: damaged, and cannot be set aside: {error.strerror or error}") from error
+    return aside
+
+
+def _name_of(step: int | None) -> str | None:
+    return None if step is None else f"step-{step:08d}"
+
+
+def _hyperparameters(engine: Any) -> list[dict[str, Any]]:
+    return [{key: group[key] for key in _HYPERPARAMETERS if key in group} for group in engine.optimizer.param_groups]
+
+
+def _set_hyperparameters(engine: Any, values: list[dict[str, Any]]) -> None:
+    """Undoes DeepSpeed's overwriting of them, so that a change the user insisted on has its effect."""
+    for group, kept in zip(engine.optimizer.param_groups, values, strict=True):
+        group.update(kept)
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = engine.gradient_clipping()
+
+
+def _difference(files: SignedFiles) -> str:
+    missing = sorted(files.module_names - files.found_names)
+    beyond = sorted(files.found_names - files.module_names)
+    parts = [
+        f"{len(names)} {what}, first {names[0]}" for names, what in ((missing, "missing"), (beyond, "unknown")) if names
+    ]
+    return "; ".join(parts)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

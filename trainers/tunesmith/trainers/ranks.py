@@ -1,0 +1,45 @@
+"""Collective steps after which every rank knows the same, and raises the same error if one could not do its part.
+
+An exception on one rank alone leaves the others waiting in their next collective until its timeout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from tunesmith.cluster.errors import StorageError, TunesmithError
+
+T = TypeVar("T")
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, in order of rank, on every rank. Values must pickle."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # pyright: ignore[reportReturnType]
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """Runs a function on rank 0 alone and gives its value to all; what it raises is raised on all.
+
+    Raises:
+        TunesmithError: whatever the function raised; an OSError comes as StorageError.
+    """
+    outcome: list[T | TunesmithError | None] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome = [function()]
+        except TunesmithError as error:
+            outcome = [error]
+        except OSError as error:
+            outcome = [StorageError(f"{error.filename or ''}: {error.strerror or error}")]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], TunesmithError):
+        raise outcome[0]
+    return outcome[0]  # pyright: ignore[reportReturnType]
