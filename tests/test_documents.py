@@ -11,7 +11,9 @@ from imports import REPOSITORY
 from tunesmith.cluster.recipe import reference
 from tunesmith.cluster.recipe.load import load_recipe
 
-PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "examples").rglob("*.md")])
+PAGES = sorted(
+    [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "examples").rglob("*.md")]
+)
 RECIPES = sorted((REPOSITORY / "examples").rglob("*.yaml"))
 
 
@@ -40,9 +42,8 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
         if "://" in link or link.startswith("mailto:"):
             continue
         path = (page.parent / link).resolve() if link else page
-        if not path.exists():
-            broken.append("".join(target))
-        elif anchor and path.suffix == ".md" and anchor not in anchors(path):
+        has_anchor = not anchor or path.suffix != ".md" or anchor in anchors(path)
+        if not path.exists() or not has_anchor:
             broken.append("".join(target))
     assert broken == []
 
@@ -66,3 +67,10 @@ def anchors(page: Path) -> set[str]:
     """The anchors that code hosts make from a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_what_has_to_pass_is_the_test_command_of_the_readme_and_the_checks() -> None:
+    ran = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    shown = re.findall(r"^make [a-z-]+", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert "make test" in shown
+    assert {"make check", "make test"} <= set(ran)
