@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from tunesmith.cluster.metrics import read_metrics
+from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.runs import RunFolder
+from tunesmith.trainers.data.prepare import prepare
 from tunesmith.trainers.loop import Trainer, TrainJob
 from tunesmith.trainers.models import resolve_base
 
@@ -60,8 +62,11 @@ def train_here(folder: Path, written: dict[str, Any], attempt: int = 1) -> Train
         while run.current_attempt() < attempt:
             run.begin_attempt()
     dist.barrier()
-    base = resolve_base(written["model"]["base"], None, folder / "runs")
-    job = TrainJob(written, READ_BY_DRIVER, run.root, folder / "runs" / ".cache", base, attempt)
+    base, cache = resolve_base(written["model"]["base"], None, folder / "runs"), folder / "runs" / ".cache"
+    whole = Recipe.model_validate(written)
+    whole.forget_reads()
+    data = prepare(whole, base, cache).fingerprint
+    job = TrainJob(written, [*READ_BY_DRIVER, *whole.read_keys()], run.root, cache, data, base, attempt)
     trainer = Trainer(job, lambda _record: None)
     trainer.run()
     return trainer
