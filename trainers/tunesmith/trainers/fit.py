@@ -55,6 +55,7 @@ def fit(
             "read_keys": recipe.read_keys(),
             "base": asdict(inputs.base),
             "cache": str(inputs.cache),
+            "data": inputs.prepared.fingerprint,
             "allow_change": allow_change,
             "backend": "nccl" if need.gpus else "gloo",
             "timeout_s": recipe.cluster.timeout_s,

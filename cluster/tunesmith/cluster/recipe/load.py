@@ -154,15 +154,18 @@ def _apply_override(tree: dict[str, Any], override: str, origins: dict[KeyPath, 
         _child(node, parts[-1], override)
     elif not isinstance(node, dict):
         raise RecipeError(f"--set {override}: {_dotted(parts[:-1])} is not a section but {node!r}")
-    node[parts[-1]] = value
+    container: Any = node
+    container[parts[-1]] = value
     origins[tuple(parts)] = f"--set {override}"
 
 
 def _child(node: Any, part: str | int, override: str) -> Any:
-    if isinstance(node, list) and not (isinstance(part, int) and part < len(node)):
-        raise RecipeError(f"--set {override}: the list has {len(node)} items, numbered from 0, and no {part!r}")
-    if isinstance(node, list | dict):
-        return node[part] if isinstance(node, list) else node.get(part)
+    if isinstance(node, list):
+        if not (isinstance(part, int) and part < len(node)):
+            raise RecipeError(f"--set {override}: the list has {len(node)} items, numbered from 0, and no {part!r}")
+        return node[part]
+    if isinstance(node, dict):
+        return node.get(part)
     raise RecipeError(f"--set {override}: {part!r} is asked of a plain value")
 
 
