@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import threading
 from pathlib import Path
@@ -21,6 +22,12 @@ OBJECT_STORE_BYTES = 80 * 2**20
 
 LONGEST_TEMPORARY_FOLDER = 36
 """Ray puts sockets below its folder, and a socket's path has 107 bytes on Linux."""
+
+START_PATIENCE_S = 30.0
+"""How long a command that is told to end waits for a Ray that is still starting."""
+
+CONNECT_PATIENCE_S = 5.0
+"""How long a cluster may take to accept a connection. Ray itself tries for many minutes, and says so at length."""
 
 TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a lost worker is noticed in half a second, not two
@@ -110,7 +117,9 @@ class RaySession:
         """Ends the Ray that `start` began, or leaves the cluster it joined."""
         if self._thread is not None:
             self._close.set()
-            self._thread.join()
+            is_up = self._ready.is_set()
+            # A Ray that is still starting is waited for, to end it; one that is being joined may never answer.
+            self._thread.join(None if is_up else START_PATIENCE_S if self.local else 0)
             self._thread = None
             self._ready.clear()
             self._close.clear()
@@ -151,6 +160,8 @@ class RaySession:
             return False
         # Ray prints what its raylet has to say, such as a killed worker, on our standard output, which carries data.
         ray._private.worker.print_to_stdstream = _drop_ray_output
+        if self.address is not None:
+            require_answer(self.address)
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         if self.address is not None:
             ray.init(address=self.address, **quiet)
@@ -190,6 +201,23 @@ class RaySession:
             if value is None:
                 os.environ.pop(name, None)
         self._saved_environment.clear()
+
+
+def require_answer(address: str) -> None:
+    """Raises unless something accepts connections at a cluster's address.
+
+    Raises:
+        ConnectionError: nothing does, or the address is not `auto` or host:port.
+    """
+    if address in ("auto", "local"):
+        return
+    host, colon, port = address.rpartition(":")
+    if "://" in address or not colon or not port.isdigit():
+        raise ConnectionError("the address of a cluster is `auto` or host:port, as in 10.0.0.5:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_PATIENCE_S).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing answers there ({error.strerror or error})") from error
 
 
 def _drop_ray_output(data: dict[str, Any], ignore_prefix: bool) -> None:
