@@ -158,8 +158,10 @@ class RaySession:
 
         if ray.is_initialized():
             return False
+        from ray._private import worker as driver
+
         # Ray prints what its raylet has to say, such as a killed worker, on our standard output, which carries data.
-        ray._private.worker.print_to_stdstream = _drop_ray_output
+        driver.print_to_stdstream = _drop_ray_output
         if self.address is not None:
             require_answer(self.address)
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
