@@ -20,7 +20,7 @@ COMMAND_LINE = "tunesmith.cluster.main"
 # Where each of these may be imported; a name stands for the module and everything below it.
 HOMES = {
     "deepspeed": {"engine", "checkpoint", "checkpoint_files", "models", "export"},
-    "ray": {"launch", "fit", "rendezvous"},
+    "ray": {"launch", "fit", "lean", "rendezvous"},
     "vllm": {"engines.vllm"},
 }
 RAY_SESSION = "tunesmith.cluster.session"

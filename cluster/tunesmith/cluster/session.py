@@ -146,11 +146,12 @@ class RaySession:
         """Whether this call connected, and close() must disconnect."""
         logging.getLogger("ray").setLevel(logging.ERROR)  # importing Ray in a thread warns about signal handlers
         import ray
+        from ray._private import worker
 
         if ray.is_initialized():
             return False
         # Ray prints what its raylet has to say, such as a killed worker, on our standard output, which carries data.
-        ray._private.worker.print_to_stdstream = _drop_ray_output
+        worker.print_to_stdstream = _drop_ray_output
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         if self.address is not None:
             ray.init(address=self.address, **quiet)
