@@ -10,6 +10,7 @@ import shutil
 import socket
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -170,17 +171,18 @@ class RaySession:
             return True
         machine = this_machine()
         self._folder = _short_temporary_folder()
-        ray.init(
-            address="local",
-            num_cpus=int(machine.cpus),
-            num_gpus=int(machine.gpus),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            _memory=int(machine.memory_gib * GIB),
-            _temp_dir=str(self._folder),
-            **quiet,
-        )
+        with _bare_node():
+            ray.init(
+                address="local",
+                num_cpus=int(machine.cpus),
+                num_gpus=int(machine.gpus),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _memory=int(machine.memory_gib * GIB),
+                _temp_dir=str(self._folder),
+                **quiet,
+            )
         return True
 
     def _set_environment(self) -> None:
@@ -203,6 +205,29 @@ class RaySession:
             if value is None:
                 os.environ.pop(name, None)
         self._saved_environment.clear()
+
+
+@contextlib.contextmanager
+def _bare_node() -> Iterator[None]:
+    """Ray starts without the services that one machine has no use for, which halves the CPU time that it takes.
+
+    They are the autoscaler's monitor, the log monitor (nothing is sent to the driver) and the dashboard's server, which
+    Ray starts even when the dashboard is off.
+    """
+    from ray._private.node import Node
+
+    def leave_out(*_: object, **__: object) -> None:
+        pass
+
+    services = ("start_monitor", "start_log_monitor", "start_api_server")
+    saved = {name: getattr(Node, name) for name in services}
+    for name in services:
+        setattr(Node, name, leave_out)
+    try:
+        yield
+    finally:
+        for name, method in saved.items():
+            setattr(Node, name, method)
 
 
 def require_answer(address: str) -> None:

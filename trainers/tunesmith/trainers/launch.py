@@ -88,6 +88,7 @@ def run(recipe: Recipe, allow_change: bool = False, on_event: Listener = ignore)
             if finished is not None:
                 return finished
             _record(inputs)
+            stack.callback(draw, folder)  # however it ends; between attempts it would only keep the workers waiting
             return _attempts(recipe, inputs, session, signals, allow_change, on_event)
         except UsageError:
             folder.discard_if_unused()
@@ -198,18 +199,16 @@ def _attempts(
     allow_change: bool,
     on_event: Listener,
 ) -> Result:
-    from tunesmith.trainers.fit import fit  # speaks to Ray
-
     folder, lost = inputs.folder, []
-    nodes = session.nodes()
-    require_resources(inputs.need, nodes)
+    require_resources(inputs.need, session.nodes())
+    from tunesmith.trainers.fit import fit  # only now: Ray's modules import each other, which two threads cannot do
+
     signals.stop_with(folder.request_stop)
     while True:
         attempt, from_step = folder.begin_attempt(), newest_step(folder)
         on_event(Training(recipe.name, attempt, from_step, recipe.train.max_steps))
         ending = fit(recipe, inputs, attempt, allow_change, signals, on_event)
         on_event(Ended())
-        draw(folder)
         outcome = read_outcome(folder.outcome(attempt))
         if outcome is not None and outcome.kind == "done":
             return _result(folder, outcome.result)
