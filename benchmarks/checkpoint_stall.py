@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import workload
-
 from measure import save, spread
 
 workload.quiet()

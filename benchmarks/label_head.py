@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import workload
-
 from measure import assert_close, comparison, in_turn, save
 
 workload.quiet()

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import workload
-
 from measure import assert_close, comparison, in_turn, save
 
 workload.quiet()

@@ -19,7 +19,6 @@ from typing import Any
 
 import workload
 import yaml
-
 from measure import assert_close, comparison, in_turn, save
 
 workload.quiet()
