@@ -139,9 +139,11 @@ class Trainer:
         self.objective = OBJECTIVES[recipe.objective.kind]
         self.held_out = _held_out(recipe, self.data)
         self.eval_steps = train.eval_steps if self.held_out else None
-        self.early_stopping = train.early_stopping if self.held_out else None
+        stopping = train.early_stopping if self.held_out else None
+        self.patience = stopping.patience if stopping else None
+        self.min_delta, self.watched = (stopping.min_delta, stopping.metric) if stopping else (0.0, "eval_loss")
         use_best = train.load_best_model_at_end if self.held_out else False
-        self.use_best = self.early_stopping is not None if use_best is None else use_best
+        self.use_best = stopping is not None if use_best is None else use_best
         torch.manual_seed(train.seed)
         self.engine: Any = build_engine(recipe, self.job.base, self.device)
         self.watch = None if self.engine.fp16_enabled() else GradientWatch(self.engine.module)
@@ -317,14 +319,11 @@ class Trainer:
         if not (at_interval or step == self.total_steps):
             return False
         record["eval_loss"] = self.held_out.loss(self.engine, self.device)
-        min_delta = self.early_stopping.min_delta if self.early_stopping else 0.0
-        return self.progress.note_evaluation(record["eval_loss"], min_delta)
+        return self.progress.note_evaluation(record[self.watched], self.min_delta)
 
     def is_out_of_patience(self) -> bool:
         """Whether the held-out loss has not improved for too long."""
-        return (
-            self.early_stopping is not None and self.progress.evaluations_without_gain >= self.early_stopping.patience
-        )
+        return self.patience is not None and self.progress.evaluations_without_gain >= self.patience
 
     def save(self, eval_loss: float | None) -> None:
         """Commits a checkpoint of this step."""
