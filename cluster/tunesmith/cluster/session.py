@@ -99,7 +99,9 @@ class RaySession:
             where = f"no Ray cluster could be joined at {self.address}" if self.address else "Ray did not start here"
             raise ResourceError(
                 f"{where}: {self._failure}",
-                "Check the address and, if it asks for one, RAY_AUTH_TOKEN." if self.address else "",
+                "Check the address, and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token."
+                if self.address
+                else "",
             ) from self._failure
         import ray
 
@@ -165,6 +167,10 @@ class RaySession:
         driver.print_to_stdstream = _drop_ray_output
         if self.address is not None:
             require_answer(self.address)
+            from ray._private.authentication import authentication_token_setup as tokens
+
+            # Ray itself sends a token it has to an automatically found cluster only.
+            tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         if self.address is not None:
             ray.init(address=self.address, **quiet)
@@ -197,7 +203,7 @@ class RaySession:
             if name not in os.environ:
                 self._saved_environment[name] = None
                 os.environ[name] = value
-        if self.local and "RAY_AUTH_MODE" not in os.environ:
+        if "RAY_AUTH_MODE" not in os.environ:
             self._saved_environment["RAY_AUTH_MODE"] = None  # Ray sets it
 
     def _restore_environment(self) -> None:

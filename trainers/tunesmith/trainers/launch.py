@@ -199,7 +199,7 @@ def _attempts(
     allow_change: bool,
     on_event: Listener,
 ) -> Result:
-    folder, lost = inputs.folder, []
+    folder, lost, max_failures = inputs.folder, [], recipe.train.max_failures  # read now: workers refuse unread keys
     require_resources(inputs.need, session.nodes())
     from tunesmith.trainers.fit import fit  # only now: Ray's modules import each other, which two threads cannot do
 
@@ -219,7 +219,7 @@ def _attempts(
                 f"workers were lost before they had saved; the newest checkpoint is step {newest_step(folder)}"
             )
         lost.append(LostAttempt(attempt, ending.died or ending.raised, from_step, newest_step(folder)))
-        decision = decide(lost, recipe.train.max_failures)
+        decision = decide(lost, max_failures)
         if isinstance(decision, GiveUp):
             raise WorkerError(decision.what, decision.fix)
         on_event(Warned(decision.warning))
