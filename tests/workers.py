@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -13,8 +14,13 @@ import torch.multiprocessing as mp
 
 
 def run_workers(world: int, function: Callable[..., Any], *arguments: Any) -> None:
-    """Calls `function(*arguments)` on `world` spawned processes that share a process group; raises what one raises."""
-    mp.spawn(_worker, (world, _free_port(), function, arguments), nprocs=world, join=True)  # pyright: ignore[reportPrivateImportUsage]
+    """Calls `function(*arguments)` on `world` processes that share a process group; raises what one raises.
+
+    The processes are forked from a server that has imported everything once: importing costs more than most tests.
+    """
+    multiprocessing.set_forkserver_preload(["tunesmith.trainers.loop", "tunesmith.trainers.data.build"])
+    arguments_of_worker = (world, _free_port(), function, arguments)
+    mp.start_processes(_worker, arguments_of_worker, nprocs=world, start_method="forkserver")  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _worker(rank: int, world: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -31,8 +31,6 @@ class Training:
     """Step of the checkpoint it goes on from; 0 when it begins."""
     total_steps: int | None
     """Optimizer steps of the whole run, when the recipe says."""
-    epochs: float
-    """Passes over the data, for an estimate when it does not."""
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tunesmith.cluster.errors import ResourceError
 from tunesmith.cluster.resources import GIB, Node, this_machine
@@ -21,10 +24,17 @@ OBJECT_STORE_BYTES = 80 * 2**20
 LONGEST_TEMPORARY_FOLDER = 36
 """Ray puts sockets below its folder, and a socket's path has 107 bytes on Linux."""
 
+START_PATIENCE_S = 30.0
+"""How long a command that is told to end waits for a Ray that is still starting."""
+
+CONNECT_PATIENCE_S = 5.0
+"""How long a cluster may take to accept a connection. Ray itself tries for many minutes, and says so at length."""
+
 TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a lost worker is noticed in half a second, not two
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a recipe mean the same in a worker
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print everything twice
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
 }
 """How Ray Train behaves in our runs. Ray hands them on to its controller and workers."""
@@ -33,6 +43,7 @@ LOCAL_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process fewer; this machine drains with its driver
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: every port on the loopback interface only
 }
 """Besides, in a Ray of our own."""
 
@@ -40,6 +51,10 @@ LOCAL_SETTINGS = {
 def cluster_address(address: str | None) -> str | None:
     """Where to connect: the recipe's address, else RAY_ADDRESS, else None, which means a Ray of our own."""
     return address or os.environ.get("RAY_ADDRESS") or None
+
+
+_CONNECTING = threading.Lock()
+"""Two sessions of one process that start together share one Ray."""
 
 
 class RaySession:
@@ -103,7 +118,9 @@ class RaySession:
         """Ends the Ray that `start` began, or leaves the cluster it joined."""
         if self._thread is not None:
             self._close.set()
-            self._thread.join()
+            is_up = self._ready.is_set()
+            # A Ray that is still starting is waited for, to end it; one that is being joined may never answer.
+            self._thread.join(None if is_up else START_PATIENCE_S if self.local else 0)
             self._thread = None
             self._ready.clear()
             self._close.clear()
@@ -124,7 +141,8 @@ class RaySession:
     def _live(self) -> None:
         ours = False
         try:
-            ours = self._connect()
+            with _CONNECTING:
+                ours = self._connect()
         except (Exception, SystemExit) as failure:  # noqa: BLE001 - handed to the caller of nodes()
             self._failure = failure
         self._ready.set()
@@ -141,23 +159,30 @@ class RaySession:
 
         if ray.is_initialized():
             return False
+        from ray._private import worker as driver
+
+        # Ray prints what its raylet has to say, such as a killed worker, on our standard output, which carries data.
+        driver.print_to_stdstream = _drop_ray_output
+        if self.address is not None:
+            require_answer(self.address)
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         if self.address is not None:
             ray.init(address=self.address, **quiet)
             return True
         machine = this_machine()
         self._folder = _short_temporary_folder()
-        ray.init(
-            address="local",
-            num_cpus=int(machine.cpus),
-            num_gpus=int(machine.gpus),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            _memory=int(machine.memory_gib * GIB),
-            _temp_dir=str(self._folder),
-            **quiet,
-        )
+        with _bare_node():
+            ray.init(
+                address="local",
+                num_cpus=int(machine.cpus),
+                num_gpus=int(machine.gpus),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _memory=int(machine.memory_gib * GIB),
+                _temp_dir=str(self._folder),
+                **quiet,
+            )
         return True
 
     def _set_environment(self) -> None:
@@ -180,6 +205,50 @@ class RaySession:
             if value is None:
                 os.environ.pop(name, None)
         self._saved_environment.clear()
+
+
+@contextlib.contextmanager
+def _bare_node() -> Iterator[None]:
+    """Ray starts without the services that one machine has no use for, which halves the CPU time that it takes.
+
+    They are the autoscaler's monitor, the log monitor (nothing is sent to the driver) and the dashboard's server, which
+    Ray starts even when the dashboard is off.
+    """
+    from ray._private.node import Node
+
+    def leave_out(*_: object, **__: object) -> None:
+        pass
+
+    services = ("start_monitor", "start_log_monitor", "start_api_server")
+    saved = {name: getattr(Node, name) for name in services}
+    for name in services:
+        setattr(Node, name, leave_out)
+    try:
+        yield
+    finally:
+        for name, method in saved.items():
+            setattr(Node, name, method)
+
+
+def require_answer(address: str) -> None:
+    """Raises unless something accepts connections at a cluster's address.
+
+    Raises:
+        ConnectionError: nothing does, or the address is not `auto` or host:port.
+    """
+    if address in ("auto", "local"):
+        return
+    host, colon, port = address.rpartition(":")
+    if "://" in address or not colon or not port.isdigit():
+        raise ConnectionError("the address of a cluster is `auto` or host:port, as in 10.0.0.5:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_PATIENCE_S).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing answers there ({error.strerror or error})") from error
+
+
+def _drop_ray_output(data: dict[str, Any], ignore_prefix: bool) -> None:
+    logging.getLogger("ray").debug("%s", data)
 
 
 def _token_exists() -> bool:

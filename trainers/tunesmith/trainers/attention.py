@@ -46,7 +46,7 @@ def install(model: nn.Module, path: str) -> None:
             f"{type(model).__name__} does not take a pluggable attention function, so its packed segments would see each other",
             "Choose a model of a current architecture (Llama, Qwen, Mistral, Mixtral, Gemma, Phi, ...).",
         )
-    model.config._attn_implementation = path  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    model.config._attn_implementation = path  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue, reportOptionalMemberAccess]
 
 
 def reference(

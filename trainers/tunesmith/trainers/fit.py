@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import threading
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from tunesmith.cluster.events import Listener, Step
 from tunesmith.cluster.recipe.schema import Recipe
+from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.tail import MetricsTail
+from tunesmith.trainers.lean import ClusterTrainer, LocalTrainer
 from tunesmith.trainers.rendezvous import Rendezvous
 from tunesmith.trainers.stopping import StopSignals
 from tunesmith.trainers.worker import read_presence, train_worker
@@ -25,26 +27,35 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.2
 
 
+@dataclass(frozen=True)
+class Ending:
+    """What Ray Train saw of an attempt's end; empty when all workers returned."""
+
+    died: dict[int, str] = field(default_factory=dict)
+    """Ranks whose process is gone, and what is known of it."""
+    raised: dict[int, str] = field(default_factory=dict)
+    """Ranks that raised: for a reason of their own, or because another one is gone."""
+
+
 def fit(
     recipe: Recipe, inputs: Inputs, attempt: int, allow_change: bool, signals: StopSignals, on_event: Listener
-) -> dict[int, str]:
+) -> Ending:
     """Runs the attempt to its end, telling `on_event` of each step.
 
-    Returns:
-        For each rank that was lost, what is known of the cause; empty when none was. What the workers themselves had to
-        say is in the attempt's outcome file.
+    What the workers themselves had to say is in the attempt's outcome file.
     """
     folder, need = inputs.folder, inputs.need
     scratch = folder.root / ".ray"
-    trainer = DataParallelTrainer(
+    trainer = (LocalTrainer if inputs.local else ClusterTrainer)(
         train_worker,
         train_loop_config={
             "run": str(folder.root),
             "attempt": attempt,
             "recipe": recipe.model_dump(mode="json", exclude_unset=True),
             "read_keys": recipe.read_keys(),
-            "base": dataclasses.asdict(inputs.base),
+            "base": asdict(inputs.base),
             "cache": str(inputs.cache),
+            "data": inputs.prepared.fingerprint,
             "allow_change": allow_change,
             "backend": "nccl" if need.gpus else "gloo",
             "timeout_s": recipe.cluster.timeout_s,
@@ -67,33 +78,39 @@ def fit(
                 on_event(Step(line))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return work.lost_ranks(inputs)
+    return _ending(work.failure, folder)
 
 
 class _Work(threading.Thread):
     """`trainer.fit()` off the main thread, where Ray Train would take SIGINT for itself."""
 
-    def __init__(self, trainer: DataParallelTrainer) -> None:
+    def __init__(self, trainer: ClusterTrainer) -> None:
         super().__init__(name="ray-train", daemon=True)
         self._trainer = trainer
-        self._failure: TrainingFailedError | None = None
+        self.failure: TrainingFailedError | RayError | None = None
 
     def run(self) -> None:
         try:
             self._trainer.fit()
-        except TrainingFailedError as failure:
-            self._failure = failure
+        except (TrainingFailedError, RayError) as failure:
+            self.failure = failure
 
-    def lost_ranks(self, inputs: Inputs) -> dict[int, str]:
-        failure = self._failure
-        if isinstance(failure, WorkerGroupError):
-            raised = {
-                rank: e for rank, e in failure.worker_failures.items() if isinstance(e, UserExceptionWithTraceback)
-            }
-            died = failure.worker_failures.keys() - raised.keys()
-            return {rank: f"{read_presence(inputs.folder, rank)} died" for rank in died} or {
-                rank: "its connection to another worker broke" for rank in raised
-            }
-        if isinstance(failure, ControllerError):
-            return {0: f"Ray Train could not start or watch the workers: {failure.controller_failure}"}
-        return {}
+
+def _ending(failure: TrainingFailedError | RayError | None, folder: RunFolder) -> Ending:
+    if isinstance(failure, WorkerGroupError):
+        died = {
+            rank: f"{read_presence(folder, rank)} {'hangs' if isinstance(error, WorkerHealthCheckTimeoutError) else 'died'}"
+            for rank, error in failure.worker_failures.items()
+            if isinstance(error, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError)
+        }
+        raised = {rank: _first_line(error) for rank, error in failure.worker_failures.items() if rank not in died}
+        return Ending(died, raised)
+    if isinstance(failure, ControllerError):
+        return Ending({0: f"Ray Train could not start the workers: {_first_line(failure.controller_failure)}"})
+    if failure is not None:
+        return Ending({0: f"Ray lost the controller: {_first_line(failure)}"})
+    return Ending()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -56,6 +56,8 @@ class Inputs:
     prepared: Prepared
     need: Need
     identity: Identity
+    local: bool
+    """Whether Ray is one of our own on this machine."""
 
 
 def run(recipe: Recipe, allow_change: bool = False, on_event: Listener = ignore) -> Result:
@@ -86,10 +88,34 @@ def run(recipe: Recipe, allow_change: bool = False, on_event: Listener = ignore)
             if finished is not None:
                 return finished
             _record(inputs)
+            stack.callback(draw, folder)  # however it ends; between attempts it would only keep the workers waiting
             return _attempts(recipe, inputs, session, signals, allow_change, on_event)
         except UsageError:
             folder.discard_if_unused()
             raise
+
+
+def plan(recipe: Recipe, on_event: Listener = ignore) -> dict[str, Any]:
+    """Checks everything that `run` checks before it trains, and says what it would do.
+
+    Raises:
+        UsageError: as `run`.
+    """
+    with RaySession(recipe.cluster.address) as session:
+        inputs = check(recipe, session, on_event)
+    need, folder = inputs.need, inputs.folder
+    workers = f"{need.workers} worker{'s' if need.workers > 1 else ''} of {need.cpus:g} CPUs"
+    on_event(Note(f"run {folder.name} would train on {workers}{f' and {need.gpus:g} GPUs' if need.gpus else ''}"))
+    return {
+        "run": folder.name,
+        "folder": str(folder.root),
+        "base": inputs.base.reference,
+        "workers": need.workers,
+        "cpus_per_worker": need.cpus,
+        "gpus_per_worker": need.gpus,
+        "goes_on_from_step": newest_step(folder),
+        "data": inputs.prepared.report.model_dump(mode="json"),
+    }
 
 
 def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore, start_ray: bool = False) -> Inputs:
@@ -110,7 +136,7 @@ def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore, star
     prepared = prepare(recipe, base, cache)
     on_event(Note("\n".join(prepared.report.lines())))
     identity = Identity(recipe=resolved(recipe), data=prepared.files, base=base.digest)
-    return Inputs(folder, base, cache, prepared, need, identity)
+    return Inputs(folder, base, cache, prepared, need, identity, session.local)
 
 
 def run_folder(recipe: Recipe) -> RunFolder:
@@ -173,28 +199,26 @@ def _attempts(
     allow_change: bool,
     on_event: Listener,
 ) -> Result:
-    from tunesmith.trainers.fit import fit  # speaks to Ray
-
     folder, lost = inputs.folder, []
-    nodes = session.nodes()
-    require_resources(inputs.need, nodes)
+    require_resources(inputs.need, session.nodes())
+    from tunesmith.trainers.fit import fit  # only now: Ray's modules import each other, which two threads cannot do
+
     signals.stop_with(folder.request_stop)
     while True:
         attempt, from_step = folder.begin_attempt(), newest_step(folder)
-        on_event(Training(recipe.name, attempt, from_step, recipe.train.max_steps, recipe.train.epochs or 1.0))
-        causes = fit(recipe, inputs, attempt, allow_change, signals, on_event)
+        on_event(Training(recipe.name, attempt, from_step, recipe.train.max_steps))
+        ending = fit(recipe, inputs, attempt, allow_change, signals, on_event)
         on_event(Ended())
-        draw(folder)
         outcome = read_outcome(folder.outcome(attempt))
         if outcome is not None and outcome.kind == "done":
             return _result(folder, outcome.result)
-        if outcome is not None and (outcome.kind == "error" or not causes):
+        if outcome is not None and (outcome.kind == "error" or not ending.died):
             raise signals.translated(outcome.to_error())
         if signals.received is not None:
             raise signals.error(
                 f"workers were lost before they had saved; the newest checkpoint is step {newest_step(folder)}"
             )
-        lost.append(LostAttempt(attempt, causes, from_step, newest_step(folder)))
+        lost.append(LostAttempt(attempt, ending.died or ending.raised, from_step, newest_step(folder)))
         decision = decide(lost, recipe.train.max_failures)
         if isinstance(decision, GiveUp):
             raise WorkerError(decision.what, decision.fix)

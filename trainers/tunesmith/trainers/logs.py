@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tunesmith.cluster.errors import RecipeError
@@ -23,7 +24,7 @@ class Log(Protocol):
         ...
 
 
-def require_installed(names: list[str]) -> None:
+def require_installed(names: Sequence[str]) -> None:
     """Fails early when a place that the recipe names is not installed.
 
     Raises:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -28,10 +27,11 @@ from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers import zero
 from tunesmith.trainers.batch import Batch, collate, idle
 from tunesmith.trainers.checkpoint import CheckpointStore
-from tunesmith.trainers.data.prepare import Prepared, prepare
+from tunesmith.trainers.data.prepare import Prepared, open_prepared
 from tunesmith.trainers.engine import build_engine
 from tunesmith.trainers.evaluate import HeldOut
 from tunesmith.trainers.export import write_artifact
+from tunesmith.trainers.figures import closing_figures, memory_gib
 from tunesmith.trainers.gradients import GradientWatch
 from tunesmith.trainers.logs import Log, numbers, open_logs, require_installed
 from tunesmith.trainers.models import BaseRef, load_tokenizer
@@ -53,7 +53,8 @@ class TrainJob:
         recipe: the keys that the user wrote.
         read_keys: dotted keys that the driver has read.
         run: folder of the run.
-        cache: folder of tokenised data.
+        cache: folder of tokenised data sets.
+        data: fingerprint of this run's data set in it.
         base: the resolved base model.
         attempt: number of this attempt; an older one may not write any more.
         allow_change: whether the user insists on resuming with another recipe or other data.
@@ -63,6 +64,7 @@ class TrainJob:
     read_keys: list[str]
     run: Path
     cache: Path
+    data: str
     base: BaseRef
     attempt: int
     allow_change: bool = False
@@ -128,7 +130,7 @@ class Trainer:
     def set_up(self) -> None:
         """Data, plan, model, engine and checkpoints; then every key the user wrote has been read, or the run stops."""
         recipe, train = self.recipe, self.recipe.train
-        self.data: Prepared = prepare(recipe, self.job.base, self.job.cache)
+        self.data: Prepared = open_prepared(self.job.cache, self.job.data)
         self.rows = train.per_device_train_batch_size
         self.accumulation = train.gradient_accumulation_steps
         self.plan = _plan(recipe, self.data, self.world)
@@ -137,9 +139,11 @@ class Trainer:
         self.objective = OBJECTIVES[recipe.objective.kind]
         self.held_out = _held_out(recipe, self.data)
         self.eval_steps = train.eval_steps if self.held_out else None
-        self.early_stopping = train.early_stopping if self.held_out else None
+        stopping = train.early_stopping if self.held_out else None
+        self.patience = stopping.patience if stopping else None
+        self.min_delta, self.watched = (stopping.min_delta, stopping.metric) if stopping else (0.0, "eval_loss")
         use_best = train.load_best_model_at_end if self.held_out else False
-        self.use_best = self.early_stopping is not None if use_best is None else use_best
+        self.use_best = stopping is not None if use_best is None else use_best
         torch.manual_seed(train.seed)
         self.engine: Any = build_engine(recipe, self.job.base, self.device)
         self.watch = None if self.engine.fp16_enabled() else GradientWatch(self.engine.module)
@@ -315,14 +319,11 @@ class Trainer:
         if not (at_interval or step == self.total_steps):
             return False
         record["eval_loss"] = self.held_out.loss(self.engine, self.device)
-        min_delta = self.early_stopping.min_delta if self.early_stopping else 0.0
-        return self.progress.note_evaluation(record["eval_loss"], min_delta)
+        return self.progress.note_evaluation(record[self.watched], self.min_delta)
 
     def is_out_of_patience(self) -> bool:
         """Whether the held-out loss has not improved for too long."""
-        return (
-            self.early_stopping is not None and self.progress.evaluations_without_gain >= self.early_stopping.patience
-        )
+        return self.patience is not None and self.progress.evaluations_without_gain >= self.patience
 
     def save(self, eval_loss: float | None) -> None:
         """Commits a checkpoint of this step."""
@@ -355,29 +356,6 @@ def train(job: TrainJob, report: Report) -> Outcome:
         TunesmithError: the run cannot go on.
     """
     return Trainer(job, report).run()
-
-
-def closing_figures(lines: list[dict[str, Any]], best_loss: float | None) -> dict[str, float | None]:
-    """What a run is summed up by.
-
-    Returns:
-        `train_loss`: mean over all steps; `eval_loss`: of the weights in the artifact, None without held-out rows;
-        `tokens_per_second`: median over the steps, all workers together.
-    """
-    steps = [line for line in lines if "loss" in line]
-    evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    return {
-        "train_loss": float(np.mean([line["loss"] for line in steps])),
-        "eval_loss": best_loss if best_loss is not None else evaluated[-1] if evaluated else None,
-        "tokens_per_second": float(np.median([line["tokens_per_second"] for line in steps])),
-    }
-
-
-def memory_gib(device: torch.device) -> float:
-    """Most memory that tensors took on a GPU; on a CPU, what the process holds now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
 
 
 def _dropout_seed(*numbers: int) -> int:

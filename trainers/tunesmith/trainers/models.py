@@ -89,7 +89,8 @@ def build(
     from tunesmith.trainers import moe
     from tunesmith.trainers.adaptations import full, lora
 
-    model = _load(recipe, base, device, dtype, (deepspeed_config or _zero3_config(dtype)) if zero3 else None)
+    shards_at_load = zero3 and recipe.model.quantization is None
+    model = _load(recipe, base, device, dtype, (deepspeed_config or _zero3_config(dtype)) if shards_at_load else None)
     spec = recipe.adaptation
     if isinstance(spec, Lora):
         adapted = lora.adapt(

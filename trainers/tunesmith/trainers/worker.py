@@ -38,7 +38,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     Args:
         settings: `run` (its folder), `attempt`, `recipe` (the keys that the user wrote), `read_keys`, `base` (BaseRef),
-            `cache`, `allow_change`, `backend` (gloo or nccl) and `timeout_s`; plain data, so that no class of ours is
+            `cache`, `data` (its fingerprint), `allow_change`, `backend` (gloo or nccl) and `timeout_s`; plain data, so that no class of ours is
             pickled before this process has its log.
     """
     run, rank = RunFolder(Path(settings["run"])), int(os.environ["RANK"])
@@ -76,6 +76,7 @@ def _train(settings: dict[str, Any]) -> Outcome:
         read_keys=settings["read_keys"],
         run=Path(settings["run"]),
         cache=Path(settings["cache"]),
+        data=settings["data"],
         base=BaseRef(**settings["base"]),
         attempt=settings["attempt"],
         allow_change=settings["allow_change"],

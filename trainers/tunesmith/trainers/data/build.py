@@ -215,15 +215,21 @@ def _recognise(source: Source, rows: list[RawRow]) -> tuple[Format, list[str]]:
     if not readable:
         bad = [BadRow(file=raw.file, line=raw.line, reason=raw.problem or "") for raw in rows]
         raise DataError(f"none of the first {len(rows):,} rows of {source.path} can be read\n{_listed(bad)}")
-    found = [(fmt, list(row)) for row in readable if (fmt := formats.detect(row)) is not None]
-    if not found:
-        known = "; ".join(", ".join(columns) for columns in formats.COLUMNS.values())
+    votes: Counter[Format] = Counter()
+    columns: dict[Format, list[str]] = {}
+    for row in readable:
+        fmt = formats.detect(row)
+        if fmt is not None:
+            votes[fmt] += 1
+            columns.setdefault(fmt, list(row))
+    if not votes:
+        known = "; ".join(", ".join(needed) for needed in formats.COLUMNS.values())
         raise DataError(
             f"{source.path}: the columns {', '.join(map(str, readable[0])) or '(none)'} are no known format",
             f"Name the columns after one of these: {known}.",
         )
-    fmt = Counter(name for name, _ in found).most_common(1)[0][0]
-    return fmt, next(columns for name, columns in found if name == fmt)
+    winner = max(votes, key=lambda name: votes[name])
+    return winner, columns[winner]
 
 
 def _batched(rows: Iterable[RawRow], size: int) -> Iterator[list[RawRow]]:

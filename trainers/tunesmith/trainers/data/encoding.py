@@ -1,9 +1,7 @@
 """Examples to tokens, and which of them are trained.
 
-Which characters of a conversation are the assistant's is found in one of two ways: the template marks them with
-`{% generation %}`, or the text of all messages is compared with the text of those before the turn plus the generation
-prompt, which must be its beginning. A turn reaches through its end-of-turn token; white space after that is not
-trained. Characters become tokens by the tokenizer's offsets. Where this has no exact answer there is a reason instead.
+Which characters are trained is found by `turns`; they become tokens by the tokenizer's offsets. Where this has no exact
+answer there is a reason instead of a guess.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ import numpy as np
 from tunesmith.cluster.errors import DataError
 from tunesmith.trainers.data.formats import Completion, Conversation, Example, Text
 from tunesmith.trainers.data.templates import NAMES, Renderer, apply
+from tunesmith.trainers.data.turns import Inexact, check_support, trained_spans
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -45,10 +44,6 @@ class _Written(NamedTuple):
     """Whether the tokenizer adds its own first token; templates write theirs."""
     end: bool
     """Whether the end-of-text token is appended."""
-
-
-class _Inexact(Exception):
-    """Why there is no exact mask; never leaves this module."""
 
 
 class Encoder:
@@ -128,65 +123,20 @@ class Encoder:
             case Conversation():
                 try:
                     return self._write_chat(example)
-                except _Inexact as reason:
+                except Inexact as reason:
                     return str(reason)
 
     def _write_chat(self, chat: Conversation) -> _Written:
         assert self.renderer is not None, "conversations need a template"
-        _check_support(chat, self.renderer.template)
-        spans = None
+        check_support(chat, self.renderer.template)
         try:
             if not self.only_assistant:
                 return _Written(self.renderer.render(chat.messages, chat.tools), None, special=False, end=False)
-            text, spans = self._spans(chat, self.renderer)
+            assert self.end_of_turn is not None, "found when the template was"
+            text, spans = trained_spans(chat, self.renderer, self.end_of_turn)
         except _template_errors() as error:
-            raise _Inexact(f"the template refuses it: {error}") from error
+            raise Inexact(f"the template refuses it: {error}") from error
         return _Written(text, spans, special=False, end=False)
-
-    def _spans(self, chat: Conversation, renderer: Renderer) -> tuple[str, list[tuple[int, int]]]:
-        """The text and the character span of every trained turn, end-of-turn token included."""
-        turns = [
-            i for i, message in enumerate(chat.messages) if message["role"] == "assistant" and i >= chat.first_trained
-        ]
-        if not turns:
-            raise _Inexact("no assistant turn")
-        if renderer.marks_generation and chat.first_trained == 0:
-            text, marked = renderer.render_spans(chat)
-            return text, [(start, self._end(text, start, stop)) for start, stop in marked if stop > start]
-        text = renderer.render(chat.messages, chat.tools)
-        return text, [self._span_by_prefix(chat, turn, text, renderer) for turn in turns]
-
-    def _end(self, text: str, start: int, stop: int) -> int:
-        """Where a marked span ends: after its end-of-turn token, taken in if only white space is between."""
-        assert self.end_of_turn is not None, "found when the template was"
-        found = text.find(self.end_of_turn, start)
-        if found < 0 or text[stop:found].strip():
-            raise _Inexact(f"an assistant turn does not end with {self.end_of_turn}")
-        if text[found + len(self.end_of_turn) : stop].strip():
-            raise _Inexact(f"the assistant's content holds the end-of-turn token {self.end_of_turn}")
-        return found + len(self.end_of_turn)
-
-    def _span_by_prefix(self, chat: Conversation, turn: int, text: str, renderer: Renderer) -> tuple[int, int]:
-        """Span of one turn, by the prefix method."""
-        assert self.end_of_turn is not None, "found when the template was"
-        message = chat.messages[turn]
-        if self.end_of_turn in message["content"]:
-            raise _Inexact(f"the assistant's content holds the end-of-turn token {self.end_of_turn}")
-        before = renderer.render(chat.messages[:turn], chat.tools, prompt=True)
-        if not text.startswith(before):
-            raise _Inexact(f"the template writes what precedes messages[{turn}] differently once it is answered")
-        start = len(before)
-        found = text.find(self.end_of_turn, start)
-        if found < 0:
-            raise _Inexact(f"messages[{turn}]: the template does not end the turn with {self.end_of_turn}")
-        stop = found + len(self.end_of_turn)
-        if not _is_said(message["content"], text[start:found]):
-            through = renderer.render(chat.messages[: turn + 1], chat.tools)
-            if not text.startswith(through) or text[stop : len(through)].strip():
-                raise _Inexact(
-                    f"messages[{turn}]: the template rewrites the assistant's words, so they cannot be found"
-                )
-        return start, stop
 
     def _mask(self, written: _Written, encoding: Encoding) -> Encoded | str:
         tokens = np.asarray(encoding.ids, dtype=np.int32)
@@ -194,7 +144,7 @@ class Encoder:
         for start, stop in written.spans or []:
             try:
                 first, last = _token_range(encoding, written.text, start, stop)
-            except _Inexact as reason:
+            except Inexact as reason:
                 return str(reason)
             trained[first : last + 1] = True
         return self._ended(tokens, trained) if written.end else Encoded(tokens, trained)
@@ -218,25 +168,19 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: str, t
     return encoder.encode([example])[0]
 
 
-def _is_said(content: str, turn: str) -> bool:
-    """Whether the turn's text ends with the content, or is its end (templates drop earlier thoughts)."""
-    content, turn = content.strip(), turn.strip()
-    return bool(turn) and bool(content) and (turn.endswith(content) or content.endswith(turn))
-
-
 def _token_range(encoding: Encoding, text: str, start: int, stop: int) -> tuple[int, int]:
     """First and last token of the characters [start, stop), which must begin and end with them."""
     first, last = _token_at(encoding, range(start, stop)), _token_at(encoding, range(stop - 1, start - 1, -1))
     if first is None or last is None:
-        raise _Inexact("the tokenizer makes no token of the assistant's words")
+        raise Inexact("the tokenizer makes no token of the assistant's words")
     begin, end = _characters(encoding, first)[0], _characters(encoding, last)[1]
     if begin < start:
-        raise _Inexact(
+        raise Inexact(
             f"the answer begins inside a token ({text[begin:start][-10:]!r} and {text[start : start + 10]!r} are one): "
             "mind white space at the end of the prompt or the start of the answer"
         )
     if text[stop:end].strip():
-        raise _Inexact(f"the answer ends inside a token, before {text[stop:end]!r}")
+        raise Inexact(f"the answer ends inside a token, before {text[stop:end]!r}")
     return first, last
 
 
@@ -253,13 +197,6 @@ def _token_at(encoding: Encoding, positions: range) -> int | None:
         if token is not None:
             return token
     return None
-
-
-def _check_support(chat: Conversation, template: str) -> None:
-    if chat.tools and "tools" not in template:
-        raise _Inexact("the row has `tools`, and the template has no place for them")
-    if any("tool_calls" in message for message in chat.messages) and "tool_calls" not in template:
-        raise _Inexact("a message has `tool_calls`, and the template has no place for them")
 
 
 def _template_errors() -> tuple[type[Exception], ...]:

@@ -55,6 +55,7 @@ def find_files(path: str) -> list[str]:
     Raises:
         DataError: there is nothing there.
     """
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
     if "://" in path or any(sign in path for sign in "*?["):
         found = _remote_or_glob(path)
     elif Path(path).is_dir():
@@ -86,8 +87,6 @@ def fingerprints(source: Source) -> dict[str, str]:
 
 
 def _remote_or_glob(path: str) -> list[str]:
-    if "://" not in path:
-        path = str(Path(path).expanduser())
     try:
         fs, inner = fsspec.core.url_to_fs(path)
         matches = fs.glob(inner) if any(sign in inner for sign in "*?[") else [inner] if fs.exists(inner) else []

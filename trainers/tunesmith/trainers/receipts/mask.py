@@ -112,7 +112,7 @@ def turn_ends(report: DataReport, tokenizer: PreTrainedTokenizerBase) -> frozens
     """The tokens that end a trained turn: the template's end-of-turn token, and the end-of-text token of completions."""
     if report.loss_on == "all":
         return frozenset()
-    return frozenset(token for token in (report.end_of_turn, tokenizer.eos_token_id) if token is not None)
+    return frozenset(token for token in (report.end_of_turn, tokenizer.eos_token_id) if isinstance(token, int))
 
 
 def read_mask_receipt(folder: Path) -> MaskReceipt:

@@ -1,10 +1,9 @@
-"""Runs stages of checkpointed training, each in fresh processes; a program of its own, called by the tests.
+"""Runs stages of checkpointed training, each in fresh processes; a program of its own, driven by `checkpoint_stages`.
 
-    python checkpoint_job.py STAGES.json RESULTS.json
-
-torch and DeepSpeed are imported once. For every stage the ranks are then forked, join a gloo group, build an engine
-around a small model, train some steps, save and resume, and write down what they saw. `kill_at: [rank, k]` ends a rank
-by SIGKILL just before its k-th operation on files (open for writing, write, fsync, mkdir, rename) during a save.
+A stage comes in as a line of JSON on stdin, its results go out as one on stdout. torch and DeepSpeed are imported once;
+for every stage the ranks are forked, join a gloo group, build an engine around a small model, train, save and resume,
+and write down what they saw. `kill_at: [rank, k]` ends a rank by SIGKILL just before its k-th operation on files (open
+for writing, write, fsync, mkdir, rename, unlink) during the save of `kill_step`.
 """
 
 from __future__ import annotations
@@ -19,11 +18,14 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch import nn
 
@@ -49,6 +51,8 @@ class Stage:
     weight_decay: float = 0.01
     clipping: float = 0.5
     kill_at: tuple[int, int] | None = None
+    kill_step: int = 2
+    fence_step: int | None = None  # just before this step is saved, a newer attempt begins
     seconds: float = 60.0
 
 
@@ -71,7 +75,9 @@ class Model(nn.Module):
 
     def forward(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         hidden = self.embedding(inputs_BT)
-        hidden = self.norm(hidden + torch.tanh(self.body(hidden)) + self.up(self.down(hidden)) * self.scale)
+        hidden = self.norm(
+            hidden + torch.tanh(self.body(hidden)) + self.up(self.down(hidden)) * self.scale.to(hidden.dtype)
+        )
         hidden = nn.functional.dropout(hidden, 0.1)
         logits = self.head(hidden).float()
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets_BT.flatten())
@@ -140,12 +146,12 @@ def work(stage: Stage, rank: int, seen: dict[str, Any]) -> None:
     for step in range(first, stage.steps):
         seen["losses"][step + 1] = train_step(engine, step)
         if step + 1 in stage.save_at:
-            seen["saving"] = step + 1
-            _Killer.armed = rank == (stage.kill_at or (None,))[0]
+            if step + 1 == stage.fence_step and rank == 0:
+                run.begin_attempt()
+            _Killer.armed = step + 1 == stage.kill_step
             store.save(engine, step + 1, {"note": "kept"}, stage.metrics.get(str(step + 1)))
             seen["saved"].append(step + 1)
             _Killer.armed = False
-    seen["operations"] = _Killer.count
     seen["weights"] = weights_hash(engine)
     if stage.load_afterwards is not None:
         store.load(engine, run.checkpoints / f"step-{stage.load_afterwards:08d}")
@@ -239,6 +245,9 @@ def run_stage(stage: Stage) -> list[dict[str, Any]]:
             if (pid := os.fork()) == 0:
                 try:
                     rank_main(stage, rank, folder)
+                except BaseException:
+                    traceback.print_exc()
+                    raise
                 finally:
                     sys.stderr.flush()
                     os._exit(0)
@@ -262,32 +271,13 @@ def run_stage(stage: Stage) -> list[dict[str, Any]]:
         return results
 
 
-def kill_everywhere(stage: Stage, killed_rank: int, stride: int) -> list[dict[str, Any]]:
-    """Kills a rank before every operation of its save in turn (every `stride`-th), resuming each time; until none is left."""
-    found = []
-    k = 1
-    while True:
-        stage_k = dataclasses.replace(stage, run=f"{stage.run}-{killed_rank}-{k}", kill_at=(killed_rank, k))
-        ranks = run_stage(stage_k)
-        folder = Path(stage_k.run) / "checkpoints"
-        left = sorted(path.name for path in folder.iterdir())
-        resumed = run_stage(dataclasses.replace(stage_k, kill_at=None, resume="newest"))
-        after = sorted(path.name for path in folder.iterdir())
-        found.append({"k": k, "ranks": ranks, "left": left, "resumed": resumed, "after": after})
-        if not ranks[killed_rank].get("killed"):
-            return found
-        k += stride
-
-
 def main() -> None:
     # No compiled op: it waits in a busy loop, and a process killed while loading it leaves a lock behind for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    results = []
-    for item in json.loads(Path(sys.argv[1]).read_text()):
-        rank, stride = item.pop("kill_everywhere", None), item.pop("stride", 1)
-        stage = Stage(**item)
-        results.append(run_stage(stage) if rank is None else kill_everywhere(stage, rank, stride))
-        Path(sys.argv[2]).write_text(json.dumps(results))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # DeepSpeed prints to stdout
+    for line in sys.stdin:
+        print(json.dumps(run_stage(Stage(**json.loads(line)))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
