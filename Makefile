@@ -39,7 +39,7 @@ test-all: $(DEVELOPMENT) ## the long matrices too (and the GPU tests, where ther
 check: $(DEVELOPMENT) ## lint, format, types, layout
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
 bench: $(DEVELOPMENT) ## the benchmarks, one after the other; JSON on stdout

@@ -59,7 +59,9 @@ def resolve_base(reference: str, revision: str | None, output_dir: str | Path) -
     if reference.startswith("run:"):
         folder = _run_artifact(reference.removeprefix("run:"), output)
     elif reference.startswith("builtin:"):
-        folder = _builtin(reference.removeprefix("builtin:"), output)
+        from tunesmith.trainers.builtin import builtin_folder
+
+        folder = builtin_folder(reference.removeprefix("builtin:"), output)
     elif Path(reference).expanduser().is_dir():
         folder = Path(reference).expanduser().absolute()
     elif _looks_like_hub_id(reference):
@@ -160,12 +162,6 @@ def _run_artifact(name: str, output: Path) -> Path:
         f"model.base: there is no run {name!r} in {output}",
         f"Runs with an artifact there: {', '.join(near) if near else 'none'}.",
     )
-
-
-def _builtin(name: str, output: Path) -> Path:
-    from tunesmith.trainers import builtin
-
-    return Path(builtin.ensure(name, output / ".cache" / "builtin" / name)).absolute()
 
 
 def _looks_like_hub_id(reference: str) -> bool:

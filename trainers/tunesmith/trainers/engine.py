@@ -34,6 +34,7 @@ def build_engine(recipe: Recipe, base: BaseRef, device: torch.device) -> Any:
         attention.choose(recipe.model.attention, device, dtype),
         recipe.model.router_aux_loss_coef if is_moe else None,
     )
+    _skip_inference_kernel()
     engine, *_ = deepspeed.initialize(
         model=policy,
         optimizer=_optimizer(recipe, policy),
@@ -41,6 +42,12 @@ def build_engine(recipe: Recipe, base: BaseRef, device: torch.device) -> Any:
         dist_init_required=False,
     )
     return engine
+
+
+def _skip_inference_kernel() -> None:
+    """Spares CPU workers a minute of compiling: DeepSpeed builds this shared-memory kernel when it starts, and only its
+    inference engine calls it."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _optimizer(recipe: Recipe, policy: nn.Module) -> torch.optim.Optimizer:

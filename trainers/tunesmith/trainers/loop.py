@@ -18,22 +18,28 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tunesmith.cluster.artifacts import MaskReceipt
 from tunesmith.cluster.errors import ChangedError, NonFiniteError
-from tunesmith.cluster.metrics import MetricsLog
+from tunesmith.cluster.metrics import MetricsLog, read_metrics
 from tunesmith.cluster.recipe.load import recipe_hash, unread_error
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.runs import RunFolder
-from tunesmith.trainers import finish, zero
+from tunesmith.trainers import zero
 from tunesmith.trainers.batch import Batch, collate, idle
 from tunesmith.trainers.checkpoint import CheckpointStore
-from tunesmith.trainers.data.prepare import Prepared, prepare
+from tunesmith.trainers.data.prepare import Prepared, open_prepared
 from tunesmith.trainers.engine import build_engine
 from tunesmith.trainers.evaluate import HeldOut
+from tunesmith.trainers.export import write_artifact
+from tunesmith.trainers.figures import closing_figures, memory_gib
 from tunesmith.trainers.gradients import GradientWatch
-from tunesmith.trainers.models import BaseRef
+from tunesmith.trainers.logs import Log, numbers, open_logs, require_installed
+from tunesmith.trainers.models import BaseRef, load_tokenizer
 from tunesmith.trainers.objectives import OBJECTIVES
 from tunesmith.trainers.packing import BatchPlan, Mixture, StepPlan
 from tunesmith.trainers.policy import score
+from tunesmith.trainers.ranks import on_first
+from tunesmith.trainers.receipts.mask import write_mask_receipt
 from tunesmith.trainers.schedule import Schedule
 
 Report = Callable[[dict[str, Any]], None]
@@ -47,7 +53,8 @@ class TrainJob:
         recipe: the keys that the user wrote.
         read_keys: dotted keys that the driver has read.
         run: folder of the run.
-        cache: folder of tokenised data.
+        cache: folder of tokenised data sets.
+        data: fingerprint of this run's data set in it.
         base: the resolved base model.
         attempt: number of this attempt; an older one may not write any more.
         allow_change: whether the user insists on resuming with another recipe or other data.
@@ -57,6 +64,7 @@ class TrainJob:
     read_keys: list[str]
     run: Path
     cache: Path
+    data: str
     base: BaseRef
     attempt: int
     allow_change: bool = False
@@ -117,11 +125,12 @@ class Trainer:
         self.run_folder = RunFolder(job.run)
         self.metrics = MetricsLog(self.run_folder.metrics)
         self.progress = Progress()
+        self.logs: list[Log] = []
 
     def set_up(self) -> None:
         """Data, plan, model, engine and checkpoints; then every key the user wrote has been read, or the run stops."""
         recipe, train = self.recipe, self.recipe.train
-        self.data: Prepared = prepare(recipe, self.job.base, self.job.cache)
+        self.data: Prepared = open_prepared(self.job.cache, self.job.data)
         self.rows = train.per_device_train_batch_size
         self.accumulation = train.gradient_accumulation_steps
         self.plan = _plan(recipe, self.data, self.world)
@@ -130,9 +139,11 @@ class Trainer:
         self.objective = OBJECTIVES[recipe.objective.kind]
         self.held_out = _held_out(recipe, self.data)
         self.eval_steps = train.eval_steps if self.held_out else None
-        self.early_stopping = train.early_stopping if self.held_out else None
+        stopping = train.early_stopping if self.held_out else None
+        self.patience = stopping.patience if stopping else None
+        self.min_delta, self.watched = (stopping.min_delta, stopping.metric) if stopping else (0.0, "eval_loss")
         use_best = train.load_best_model_at_end if self.held_out else False
-        self.use_best = self.early_stopping is not None if use_best is None else use_best
+        self.use_best = stopping is not None if use_best is None else use_best
         torch.manual_seed(train.seed)
         self.engine: Any = build_engine(recipe, self.job.base, self.device)
         self.watch = None if self.engine.fp16_enabled() else GradientWatch(self.engine.module)
@@ -144,8 +155,8 @@ class Trainer:
             self.run_folder,
             train.save_total_limit,
         )
-        self.finisher = finish.Finisher(self)
-        self.logs = finish.open_logs(recipe, self.run_folder, self.rank)
+        self.parity_rows, self.save_steps = recipe.eval.parity_rows, train.save_steps
+        require_installed(recipe.output.report_to)
         if (error := unread_error(recipe)) is not None:
             raise error
 
@@ -168,9 +179,7 @@ class Trainer:
         """Trains to the end, or until it is asked to stop."""
         self.set_up()
         self.resume()
-        self.finisher.before_training()
-        if self.rank == 0:
-            self.metrics.truncate_after(self.progress.step if self.progress.step else -1)
+        self.open_books()
         if self.progress.step == 0 and self.held_out:
             self.log({"step": 0, "eval_loss": self.held_out.loss(self.engine, self.device)})
         self.engine.train()
@@ -179,13 +188,35 @@ class Trainer:
             is_best = self.evaluate_if_due(record)
             is_last = self.progress.step == self.total_steps or self.is_out_of_patience()
             self.log(record)
-            if is_best or is_last or must_stop or self.progress.step % self.recipe.train.save_steps == 0:
+            if is_best or is_last or must_stop or self.progress.step % self.save_steps == 0:
                 self.save(record.get("eval_loss"))
             if must_stop and not is_last:
                 return Outcome(finished=False, step=self.progress.step)
         if self.use_best and (best := self.checkpoints.best()) is not None:
             self.checkpoints.load(self.engine, best)
-        return Outcome(finished=True, step=self.progress.step, metrics=self.finisher.after_training())
+        return Outcome(finished=True, step=self.progress.step, metrics=self.finish())
+
+    def open_books(self) -> None:
+        """The mask receipt, and the metrics without the steps that are about to be repeated."""
+        done, run = self.progress.step, self.run_folder
+        on_first(self.write_mask_receipt)
+        if self.rank == 0:
+            self.metrics.truncate_after(done or -1)
+            self.logs = open_logs(self.recipe, run, done + 1 if done else 0)
+
+    def write_mask_receipt(self) -> MaskReceipt:
+        """Shows which tokens of the packed rows are trained; fails when they are the wrong ones."""
+        tokenizer = load_tokenizer(self.job.base)
+        return write_mask_receipt(self.run_folder.receipts, self.data, self.plan.epoch_packs(0), tokenizer)
+
+    def finish(self) -> dict[str, float | None]:
+        """Writes the artifact and its receipts; returns the run's closing figures."""
+        write_artifact(self.engine, self.recipe, self.job.base, self.run_folder, self.data, self.device)
+        for log in self.logs:
+            log.close()
+        return closing_figures(
+            read_metrics(self.run_folder.metrics), self.progress.best_loss if self.use_best else None
+        )
 
     def step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its metrics and whether the run is asked to stop.
@@ -232,8 +263,8 @@ class Trainer:
             "labels": labels,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
-            "memory_gib": finish.memory_gib(self.device),
-            "skipped_rows": self.data.report.skipped_rows,
+            "memory_gib": memory_gib(self.device),
+            "skipped_rows": sum(source.bad + source.dropped for source in self.data.report.sources),
             "checkpoint": self.checkpoints.last_saved,
             "total_steps": self.total_steps,
         }
@@ -288,14 +319,11 @@ class Trainer:
         if not (at_interval or step == self.total_steps):
             return False
         record["eval_loss"] = self.held_out.loss(self.engine, self.device)
-        min_delta = self.early_stopping.min_delta if self.early_stopping else 0.0
-        return self.progress.note_evaluation(record["eval_loss"], min_delta)
+        return self.progress.note_evaluation(record[self.watched], self.min_delta)
 
     def is_out_of_patience(self) -> bool:
         """Whether the held-out loss has not improved for too long."""
-        return (
-            self.early_stopping is not None and self.progress.evaluations_without_gain >= self.early_stopping.patience
-        )
+        return self.patience is not None and self.progress.evaluations_without_gain >= self.patience
 
     def save(self, eval_loss: float | None) -> None:
         """Commits a checkpoint of this step."""
@@ -312,7 +340,8 @@ class Trainer:
         """Writes a line of metrics and reports it."""
         if self.rank == 0:
             self.metrics.append(record)
-            self.logs.write(record)
+            for log in self.logs:
+                log.write(record["step"], numbers(record))
         self.report(record)
 
 
@@ -339,7 +368,7 @@ def _plan(recipe: Recipe, data: Prepared, world: int) -> BatchPlan:
     return BatchPlan(
         length_B=data.train.lengths,
         mixture=Mixture(data.train.source, tuple(w for w in weights if w is not None) or None),
-        capacity=data.max_length if recipe.data.packing else None,
+        capacity=data.report.max_length if recipe.data.packing else None,
         rows_per_step=world * recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps,
         seed=recipe.train.seed,
     )
@@ -348,4 +377,6 @@ def _plan(recipe: Recipe, data: Prepared, world: int) -> BatchPlan:
 def _held_out(recipe: Recipe, data: Prepared) -> HeldOut | None:
     if len(data.validation) == 0:
         return None
-    return HeldOut(data.validation, data.max_length * recipe.train.per_device_train_batch_size, recipe.eval.max_rows)
+    return HeldOut(
+        data.validation, data.report.max_length * recipe.train.per_device_train_batch_size, recipe.eval.max_rows
+    )

@@ -89,7 +89,8 @@ def build(
     from tunesmith.trainers import moe
     from tunesmith.trainers.adaptations import full, lora
 
-    model = _load(recipe, base, device, dtype, (deepspeed_config or _zero3_config(dtype)) if zero3 else None)
+    shards_at_load = zero3 and recipe.model.quantization is None
+    model = _load(recipe, base, device, dtype, (deepspeed_config or _zero3_config(dtype)) if shards_at_load else None)
     spec = recipe.adaptation
     if isinstance(spec, Lora):
         adapted = lora.adapt(
@@ -142,13 +143,14 @@ def _load(
 
     quantization = quantization_config(recipe.model.quantization, dtype)
     with _model_errors(base), _zero3_loading(zero3), torch.random.fork_rng(devices=[]):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             base.path,
             dtype=dtype,
             quantization_config=quantization,
             device_map={"": device} if quantization else None,
             output_loading_info=True,
         )
+    model, info = loaded
     _require_all_weights(model, info, base)
     keep_codes(model)
     return model if zero3 or quantization else model.to(device)
@@ -180,7 +182,7 @@ def _zero3_config(dtype: torch.dtype) -> dict[str, Any]:
 
 @contextmanager
 def _zero3_loading(config: dict[str, Any] | None) -> Iterator[None]:
-    """Within it Transformers shards what it loads. It looks at a global weak reference, which must not outlive the load."""
+    """Within it Transformers shards what it loads; the global reference it looks at must not outlive the load."""
     if config is None:
         yield
         return
@@ -205,15 +207,14 @@ def _model_errors(base: BaseRef) -> Iterator[None]:
 
 
 def _surely_matches(targets: str | list[str], base: BaseRef) -> bool:
-    """Whether the weight files alone prove that every target names a linear layer. Experts are fused when loaded, so
-    the names of their matrices prove nothing."""
+    """Whether the weight files alone prove that every target names a matrix. Names in a mixture-of-experts model prove
+    nothing: experts are fused when they are loaded."""
     if targets == "all-linear":
         return True
     if isinstance(targets, str):
         return False
-    names = [
-        name.removesuffix(".weight")
-        for name, shape in tensor_shapes(Path(base.path)).items()
-        if len(shape) == 2 and name.endswith(".weight") and "experts" not in name
-    ]
+    shapes = tensor_shapes(Path(base.path))
+    if any("experts" in name for name in shapes):
+        return False
+    names = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
     return all(any(name.endswith(f".{target}") for name in names) for target in targets)

@@ -1,52 +1,23 @@
 """Mixture-of-experts blocks: found by structure, made whole for ZeRO-3, and balanced by the router's auxiliary loss.
 
-Shapes: T tokens, E experts.
+Shape suffixes: T tokens, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class MoeBlock:
-    """One block that sends each token to a few of its experts."""
-
-    name: str
-    block: nn.Module
-    router: nn.Module
-    """Its forward returns the router logits [T, E], alone or first in a tuple."""
-    experts: int
-    top_k: int
-
-
-def find_blocks(model: nn.Module) -> list[MoeBlock]:
-    """Every block with several experts and, beside them, a router with one row for each expert.
+def moe_blocks(model: nn.Module) -> list[nn.Module]:
+    """Every block with several experts and, beside them, a router with one row for each expert, in the model's order.
 
     Experts are a list of modules, or one module that fuses them in parameters of three dimensions (Transformers 5). No
-    class name is looked at, so an architecture that DeepSpeed does not know is found too. Works on ZeRO-3 sharded models.
+    class name is looked at, so an architecture that DeepSpeed does not know is found too, sharded by ZeRO-3 or not.
     """
-    found = []
-    for name, module in model.named_modules():
-        children = dict(module.named_children())
-        for experts in children.values():
-            count = _count_experts(experts)
-            router = _router(children.values(), experts, count) if count else None
-            if router is not None:
-                found.append(MoeBlock(name, module, router, count, _top_k(module, router, model)))
-                break
-    return found
-
-
-def moe_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules of `find_blocks`, in the model's order."""
-    return [found.block for found in find_blocks(model)]
+    return [module for module in model.modules() if _is_block(module)]
 
 
 def make_leaves(model: nn.Module) -> list[nn.Module]:
@@ -61,98 +32,70 @@ def make_leaves(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-@contextmanager
-def router_logits(blocks: Sequence[MoeBlock]) -> Iterator[list[Tensor]]:
-    """Collects the router logits [T, E] of every block that runs inside the context, in order, with their graph.
+def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, counted_T: Tensor | None = None) -> Tensor:
+    """E · Σ_e f_e · p_e over all layers together; `top_k` when the experts share the tokens evenly.
 
-    A recomputation by gradient checkpointing happens in the backward pass, after the context, and is not collected.
-    """
-    collected: list[Tensor] = []
-
-    def collect(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        logits = output[0] if isinstance(output, tuple) else output
-        collected.append(logits.reshape(-1, logits.shape[-1]))
-
-    handles = [found.router.register_forward_hook(collect) for found in blocks]
-    try:
-        yield collected
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def load_balancing_loss(logits: Sequence[Tensor], top_k: int, counted_T: Tensor | None = None) -> Tensor:
-    """E · Σ_e f_e · p_e over all layers together; 1·top_k when the experts share the tokens evenly.
-
-    f_e is the mean number of times that a token picks expert e, p_e the mean probability it gives it (Fedus et al. 2021,
-    arXiv:2101.03961, equations 4-6). Equal to Transformers' `load_balancing_loss_func`. Only p_e carries a gradient.
+    f_e is the mean number of times that a token picks expert e, p_e the mean probability it gives it (Fedus et al.
+    2021, arXiv:2101.03961, equations 4-6). Equal to Transformers' `load_balancing_loss_func`. Only p_e carries a
+    gradient.
 
     Args:
-        logits: router logits [T, E] of each layer.
-        counted_T: bool or weights; tokens with 0 (padding) are left out.
+        router_logits: [T, E] of each layer.
+        top_k: experts that each token goes to.
+        counted_T: weight of each token; those with 0 (padding) are left out. None counts all.
+
+    Returns:
+        A float32 scalar.
     """
-    assert logits, "no router logits: the model has no mixture-of-experts block, or none ran"
-    experts = logits[0].shape[-1]
-    picks_E = torch.zeros(experts, device=logits[0].device)
-    probability_E = torch.zeros(experts, device=logits[0].device)
-    rows = torch.zeros((), device=logits[0].device)
-    for logits_TE in logits:
+    assert router_logits, "no router logits: the model has no mixture-of-experts block, or none ran"
+    experts = router_logits[0].shape[-1]
+    picks_E = torch.zeros(experts, device=router_logits[0].device)
+    probability_E = torch.zeros_like(picks_E)
+    tokens = picks_E.new_zeros(())
+    for logits_TE in router_logits:
         probabilities_TE = torch.softmax(logits_TE, dim=-1)
-        chosen_TE = torch.zeros_like(probabilities_TE, dtype=torch.float32)
-        chosen_TE.scatter_(1, torch.topk(probabilities_TE, top_k, dim=-1).indices, 1.0)
-        weight_T1 = (counted_T.float() if counted_T is not None else chosen_TE.new_ones(chosen_TE.shape[0])).unsqueeze(
-            1
-        )
-        picks_E = picks_E + (chosen_TE * weight_T1).sum(0)
+        picked_TE = torch.zeros_like(probabilities_TE, dtype=torch.float32)
+        picked_TE.scatter_(1, torch.topk(probabilities_TE, top_k, dim=-1).indices, 1.0)
+        weight_T1 = torch.ones_like(picked_TE[:, :1]) if counted_T is None else counted_T.float().unsqueeze(1)
+        picks_E = picks_E + (picked_TE * weight_T1).sum(0)
         probability_E = probability_E + (probabilities_TE.float() * weight_T1).sum(0)
-        rows = rows + weight_T1.sum()
-    return experts * torch.sum((picks_E / rows) * (probability_E / rows))
+        tokens = tokens + weight_T1.sum()
+    return experts * torch.sum((picks_E / tokens) * (probability_E / tokens))
 
 
-def aux_loss_coef(model: nn.Module, given: float | None) -> float:
-    """Weight of the auxiliary loss: the recipe's when given, else the model's own, else 0."""
-    if given is not None:
-        return given
-    return float(getattr(getattr(model, "config", None), "router_aux_loss_coef", None) or 0.0)
+def _is_block(module: nn.Module) -> bool:
+    children = list(module.children())
+    return any(
+        count and _has_router((child for child in children if child is not experts), count)
+        for experts in children
+        if (count := _count_experts(experts)) is not None
+    )
+
+
+def _count_experts(module: nn.Module) -> int | None:
+    """Number of experts that a module holds; None when it holds none."""
+    if isinstance(module, nn.ModuleList):
+        return len(module) if len(module) > 1 and len({type(expert) for expert in module}) == 1 else None
+    counts = {_shape(p)[0] for p in _own_parameters(module) if len(_shape(p)) == 3}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _has_router(siblings: Iterable[nn.Module], experts: int) -> bool:
+    """Whether a sibling owns a matrix of one row for each expert."""
+    return any(
+        len(_shape(parameter)) == 2 and _shape(parameter)[0] == experts
+        for sibling in siblings
+        for parameter in _own_parameters(sibling)
+    )
+
+
+def _own_parameters(module: nn.Module) -> Iterable[nn.Parameter]:
+    """A module's parameters without its children's; a PEFT layer's are those of the layer it wraps."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module.parameters(recurse=False)
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The whole shape, also of a parameter that ZeRO-3 has sharded."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _count_experts(module: nn.Module) -> int:
-    """Number of experts that a module holds; 0 when it holds none."""
-    if isinstance(module, nn.ModuleList):
-        return len(module) if len(module) > 1 and len({type(expert) for expert in module}) == 1 else 0
-    counts = {_shape(p)[0] for p in _unwrapped(module).parameters(recurse=False) if len(_shape(p)) == 3}
-    return counts.pop() if len(counts) == 1 else 0
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module that a PEFT layer stands for."""
-    inner = getattr(module, "base_layer", module)
-    return _unwrapped(inner) if inner is not module else module
-
-
-def _router(children: Any, experts: nn.Module, count: int) -> nn.Module | None:
-    """The smallest sibling with a matrix of one row for each expert."""
-    candidates = [
-        child
-        for child in children
-        if child is not experts
-        and any(len(_shape(p)) == 2 and _shape(p)[0] == count for p in _unwrapped(child).parameters(recurse=False))
-    ]
-    return min(candidates, key=lambda child: sum(_size(p) for p in child.parameters()), default=None)
-
-
-def _size(parameter: nn.Parameter) -> int:
-    return int(torch.Size(_shape(parameter)).numel())
-
-
-def _top_k(block: nn.Module, router: nn.Module, model: nn.Module) -> int:
-    for holder in (router, block, getattr(model, "config", None)):
-        for key in ("top_k", "num_experts_per_tok", "num_experts_per_token"):
-            if isinstance(value := getattr(holder, key, None), int):
-                return value
-    raise AssertionError(f"{type(block).__name__} does not say how many experts a token goes to")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from tunesmith.cluster.errors import RecipeError
 from tunesmith.cluster.recipe.schema import Cluster, Recipe
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -17,7 +18,13 @@ def stage(cluster: Cluster) -> int:
 
 
 def precision(recipe: Recipe, on_gpu: bool) -> Precision:
-    """The number format: what the recipe says, or for `auto` bf16 on GPUs and fp32 on CPUs."""
+    """The number format: what the recipe says, or for `auto` bf16 on GPUs and fp32 on CPUs.
+
+    Raises:
+        RecipeError: fp16 was asked for on a CPU, where DeepSpeed has no loss scaling.
+    """
+    if recipe.train.precision == "fp16" and not on_gpu:
+        raise RecipeError("train.precision: fp16 needs GPUs, and this run is on CPUs", "Use auto, bf16 or fp32.")
     if recipe.train.precision == "auto":
         return "bf16" if on_gpu else "fp32"
     return recipe.train.precision
@@ -34,7 +41,7 @@ def deepspeed_config(recipe: Recipe, on_gpu: bool) -> dict[str, Any]:
         "gradient_accumulation_steps": recipe.train.gradient_accumulation_steps,
         "gradient_clipping": recipe.train.max_grad_norm,
         "steps_per_print": 2**31,
-        "zero_optimization": _zero_section(recipe.cluster, on_gpu),
+        "zero_optimization": _zero_section(recipe.cluster, on_gpu, number_format),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -46,8 +53,12 @@ def deepspeed_config(recipe: Recipe, on_gpu: bool) -> dict[str, Any]:
     return config
 
 
-def _zero_section(cluster: Cluster, on_gpu: bool) -> dict[str, Any]:
+def _zero_section(cluster: Cluster, on_gpu: bool, number_format: Precision) -> dict[str, Any]:
     zero = stage(cluster)
+    if zero == 0 and number_format != "fp32":
+        # DeepSpeed's 16-bit optimizer without ZeRO accumulates in 16 bits and drifts from the other stages (measured:
+        # 0.05 nats after one step); stage 1 keeps fp32 sums and, on one worker, shards nothing
+        zero = 1
     section: dict[str, Any] = {"stage": zero, "overlap_comm": on_gpu, "contiguous_gradients": True}
     if zero == 3:
         section["stage3_param_persistence_threshold"] = cluster.zero3_persistence_threshold

@@ -87,8 +87,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1, cutoff=0.5)
         hint = f"Did you mean {path.parent / near[0]}?" if near else "Give the path of a recipe, a YAML file."
         raise RecipeError(f"no recipe at {path}", hint) from None
-    except (OSError, UnicodeDecodeError) as unreadable:
-        raise RecipeError(f"cannot read {path}: {unreadable}") from None
+    except OSError as unreadable:
+        raise RecipeError(f"cannot read {path}: {unreadable.strerror or unreadable}") from None
+    except UnicodeDecodeError as broken:
+        raise RecipeError(f"cannot read {path}: invalid UTF-8 at byte {broken.start + 1}") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as bad:
@@ -142,7 +144,7 @@ def _apply_override(tree: dict[str, Any], override: str, origins: dict[KeyPath, 
     parts: list[str | int] = [int(part) if part.isdigit() else part for part in key.strip().split(".")]
     node: Any = tree
     for depth, part in enumerate(parts[:-1]):
-        child = _child(node, part, override)
+        child = _child(node, parts[:depth], part, override)
         if isinstance(child, str) and _dotted(parts[: depth + 1]) in ("objective", "adaptation"):
             child = {"kind": child}
             node[part] = child
@@ -151,19 +153,24 @@ def _apply_override(tree: dict[str, Any], override: str, origins: dict[KeyPath, 
             node[part] = child
         node = child
     if isinstance(node, list):
-        _child(node, parts[-1], override)
+        _child(node, parts[:-1], parts[-1], override)
     elif not isinstance(node, dict):
         raise RecipeError(f"--set {override}: {_dotted(parts[:-1])} is not a section but {node!r}")
-    node[parts[-1]] = value
+    container: Any = node
+    container[parts[-1]] = value
     origins[tuple(parts)] = f"--set {override}"
 
 
-def _child(node: Any, part: str | int, override: str) -> Any:
-    if isinstance(node, list) and not (isinstance(part, int) and part < len(node)):
-        raise RecipeError(f"--set {override}: the list has {len(node)} items, numbered from 0, and no {part!r}")
-    if isinstance(node, list | dict):
-        return node[part] if isinstance(node, list) else node.get(part)
-    raise RecipeError(f"--set {override}: {part!r} is asked of a plain value")
+def _child(node: Any, at: list[str | int], part: str | int, override: str) -> Any:
+    if isinstance(node, list):
+        if not (isinstance(part, int) and part < len(node)):
+            raise RecipeError(
+                f"--set {override}: {_dotted(at)} is a list of {len(node)}, numbered from 0, and has no {part!r}"
+            )
+        return node[part]
+    if isinstance(node, dict):
+        return node.get(part)
+    raise RecipeError(f"--set {override}: {_dotted(at)} is {node!r}, which has no {part!r} in it")
 
 
 def _explain(error: ErrorDetails, origins: dict[KeyPath, str], path: str) -> str:
@@ -186,7 +193,15 @@ def _explain(error: ErrorDetails, origins: dict[KeyPath, str], path: str) -> str
         return f"{where}: {key}: {given!r} is not one of {allowed}{hint}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
-        return f"{where}: {key}: {message}"
+        named = tuple(message.partition(":")[0].split("."))  # a mistake of the whole recipe begins with a key
+        return f"{origins[named]}: {message}" if not location and named in origins else f"{where}: {key}: {message}"
+    own = _section_at(error["loc"])
+    if error["type"] == "model_type" and own is not None:
+        found = "nothing stands under it" if error["input"] is None else f"a section of keys, not {error['input']!r}"
+        return f"{where}: {key}: {found}; its keys are {', '.join(own.model_fields)}"
+    if error["type"] == "string_pattern_mismatch" and section is not None:
+        meaning = section.model_fields[str(location[-1])].description or message
+        return f"{where}: {key}: {error['input']!r} does not fit: {meaning[0].lower()}{meaning[1:]}"
     shown = "a section" if isinstance(error["input"], dict | list) else repr(error["input"])
     return f"{where}: {key}: {message[0].lower()}{message[1:]}, not {shown}"
 
@@ -245,12 +260,18 @@ def _suggest(key: str, section: type[BaseModel] | None) -> str:
     """The nearest key of this section, else a key of this name in another one."""
     fields = list((section or Recipe).model_fields)
     near = difflib.get_close_matches(key, fields, n=1, cutoff=0.6)
+    near = near or [field for field in fields if key in (_initials(field), *field.split("_")) or f"_{key}" in field]
     if near:
-        return f"; did you mean {near[0]}?"
+        return f"; did you mean {' or '.join(near)}?"
     elsewhere = [place for place in _all_keys(Recipe) if place.rpartition(".")[2] == key]
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"
     return f"; the keys here are {', '.join(fields)}"
+
+
+def _initials(key: str) -> str:
+    """`lr` of `learning_rate`."""
+    return "".join(word[0] for word in key.split("_"))
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr
 class Section(BaseModel):
     """Strict, immutable base of all sections."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     _read: set[str] = PrivateAttr(default_factory=set)
 
@@ -48,8 +48,9 @@ class Section(BaseModel):
         return [key for key, was_read in self._leaves() if was_read]
 
     def unread_keys(self) -> list[str]:
-        """Dotted keys that the user wrote and nothing has read."""
-        return [key for key, was_read in self._leaves(written_only=True) if not was_read]
+        """Dotted keys that the user wrote and nothing has read. A `kind` is read by validation: it chooses the section."""
+        leaves = self._leaves(written_only=True)
+        return [key for key, was_read in leaves if not was_read and key.rpartition(".")[2] != "kind"]
 
     def _sections(self) -> Iterator[tuple[str, Section]]:
         for name, value in self.__dict__.items():

@@ -16,8 +16,12 @@ from torch import nn
 
 from tunesmith.cluster.errors import ModelError
 from tunesmith.cluster.recipe.schema import Lora
+from tunesmith.trainers.moe import moe_blocks
 
 ALL_LINEAR = "all-linear"
+FUSED = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+"""Endings that PEFT redirects to the router and the fused experts of a mixture-of-experts model. Those stay frozen: an
+update of every expert costs as many times more, and servers of adapters do not take it."""
 
 
 def adapt(model: nn.Module, spec: Lora, *, base: str, revision: str | None, seed: int, dtype: torch.dtype) -> nn.Module:
@@ -62,8 +66,8 @@ def peft_targets(model: nn.Module, targets: str | list[str]) -> str | list[str]:
     matched = matches(model, targets)
     if targets != ALL_LINEAR:
         return targets if isinstance(targets, str) else sorted(set(targets))
-    endings = {name.rpartition(".")[2] for name in matched}
-    same_endings = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
+    endings = set(_endings(matched))
+    same_endings = {name for name, _ in model.named_modules() if _ending(name) in endings}
     return sorted(endings) if same_endings == set(matched) else sorted(matched)
 
 
@@ -71,16 +75,16 @@ def matches(model: nn.Module, targets: str | list[str]) -> list[str]:
     """Names of the modules that `targets` picks, as PEFT would pick them.
 
     Raises:
-        ModelError: a regular expression, or any one of the name endings, that picks nothing; or one that picks a module
-            which is not a linear or embedding layer. (PEFT lets an ending that matches nothing pass when another matches.)
+        ModelError: a regular expression, or any one of the name endings, that picks nothing (PEFT lets such an ending
+            pass when another one matches); or one that picks a module which is not a linear or embedding layer.
     """
     modules = dict(model.named_modules())
     adaptable = set(_adaptable(model))
+    fused = bool(moe_blocks(model))
     if targets == ALL_LINEAR:
         head = _head(model)
-        found = [
-            name for name in adaptable if modules[name] is not head and not isinstance(modules[name], nn.Embedding)
-        ]
+        linear = [name for name in adaptable if not isinstance(modules[name], nn.Embedding)]
+        found = [name for name in linear if modules[name] is not head and not (fused and _ending(name) in FUSED)]
         if not found:
             raise _nothing(targets, adaptable)
         return sorted(found)
@@ -94,6 +98,12 @@ def matches(model: nn.Module, targets: str | list[str]) -> list[str]:
                 f"adaptation.target_modules: {target!r} matches {wrong[0]}, a {type(modules[wrong[0]]).__name__}, "
                 "and LoRA adapts linear and embedding layers only",
                 f"Layers that can be adapted end in: {', '.join(_endings(adaptable))}.",
+            )
+        if fused and (wrong := [name for name in found if _ending(name) in FUSED]):
+            raise ModelError(
+                f"adaptation.target_modules: {target!r} matches {wrong[0]} of a mixture of experts, and PEFT takes "
+                "that name for its fused experts",
+                f"Layers that can be adapted end in: {', '.join(_endings(adaptable - set(wrong)))}.",
             )
         picked.update(found)
     return sorted(picked)
@@ -122,8 +132,12 @@ def _head(model: Any) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _endings(names: Iterable[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in names})
+    return sorted({_ending(name) for name in names})
 
 
 def _nothing(target: Any, adaptable: Iterable[str]) -> ModelError:

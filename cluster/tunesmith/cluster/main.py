@@ -1,0 +1,121 @@
+"""The command line. Nothing heavy is imported before a command needs it: `tunesmith --help` answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="tunesmith",
+    help="Distributed fine-tuning on Ray: one recipe from a base model to a certified adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key, as in train.learning_rate=1e-4. Repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON on standard output.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"tunesmith {version('tunesmith')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a recipe: every key, type and contradiction, each mistake with its line."""
+    from tunesmith.cluster.console import print_json, say, stderr
+    from tunesmith.cluster.recipe.load import load_recipe, resolved
+
+    checked = load_recipe(recipe, overrides)
+    if as_json:
+        print_json({"valid": True, "recipe": resolved(checked)})
+    else:
+        say(
+            stderr(),
+            f"{recipe} is a valid recipe: {checked.objective.kind}, {checked.adaptation.kind}, run {checked.name}",
+        )
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    allow_change: Annotated[
+        bool, typer.Option("--allow-change", help="Go on with a run whose recipe, data or base has changed.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check model, data and resources, and stop there.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a recipe, here or on the connected cluster. The same command again goes on where it stopped."""
+    from dataclasses import asdict
+
+    from tunesmith.cluster.console import print_json, stderr
+    from tunesmith.cluster.progress import Display
+    from tunesmith.cluster.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    with Display(stderr()) as display:
+        from tunesmith.trainers import launch
+
+        if dry_run:
+            plan = launch.plan(loaded, display)
+            if as_json:
+                print_json(plan)
+            return
+        result = launch.run(loaded, allow_change, display)
+    if as_json:
+        print_json(asdict(result))
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[Path, typer.Option("--dir", help="Where the runs go.")] = Path("quickstart"),
+    as_json: AsJson = False,
+) -> None:
+    """Do the whole path on this machine, offline, on real text, in minutes."""
+    from tunesmith.cluster.console import print_json, stderr
+    from tunesmith.cluster.progress import Display
+
+    with Display(stderr()) as display:
+        from tunesmith.trainers import quickstart as path
+
+        summary = path.run(folder, display)
+    if as_json:
+        print_json(summary)
+
+
+def main() -> None:
+    """Entry point: runs a command and turns whatever ends it into an exit code."""
+    try:
+        app()
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the one place where a command's errors end
+        from tunesmith.cluster.console import exit_code_of
+
+        raise SystemExit(exit_code_of(error)) from None
+
+
+if __name__ == "__main__":
+    main()

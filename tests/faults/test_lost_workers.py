@@ -1,0 +1,155 @@
+"""Workers that die and commands that are stopped, from outside, as it happens to users."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import small_runs
+from small_runs import Command
+
+from tunesmith.cluster.runs import RunFolder
+
+
+@dataclass
+class Bench:
+    """Where the runs of these tests lie; all of them train the same."""
+
+    folder: Path
+    base: Path
+
+    def recipe(self, name: str, **train: object) -> Path:
+        recipe = small_runs.small_recipe(name, self.base, self.folder / "rows.jsonl", self.folder / "runs")
+        recipe["train"] |= train
+        return small_runs.write_recipe(self.folder, recipe)
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Bench:
+    folder = tmp_path_factory.mktemp("faults")
+    small_runs.write_rows(folder / "rows.jsonl")
+    return Bench(folder, tiny_base)
+
+
+@pytest.fixture(scope="module")
+def unbroken(bench: Bench) -> Path:
+    """The run as it goes when nothing happens to it."""
+    code, out, said = Command(bench.recipe("unbroken")).finish()
+    assert code == 0, said
+    assert json.loads(out)["artifact"] == str(bench.run("unbroken") / "artifact")
+    return bench.run("unbroken")
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Command]]:
+    commands: list[Command] = []
+
+    def begin(recipe: Path, *options: str) -> Command:
+        commands.append(Command(recipe, *options))
+        return commands[-1]
+
+    yield begin
+    for command in commands:
+        command.kill()
+
+
+def assert_the_same_run(run: Path, unbroken: Path) -> None:
+    assert small_runs.what_was_learned(run) == small_runs.what_was_learned(unbroken)
+    assert small_runs.weights(run / "artifact") == small_runs.weights(unbroken / "artifact")
+
+
+def test_after_every_lost_worker_the_run_goes_on_and_is_the_unbroken_one(
+    bench: Bench, unbroken: Path, start: Callable[..., Command]
+):
+    run, total = bench.run("killed"), small_runs.last_step(unbroken)
+    command = start(bench.recipe("killed"))
+    began = []
+    for rank, step in ((1, 4), (0, total // 2 + 2), (1, total - 2)):  # epoch 0, epoch 1, and the last interval
+        command.wait_for_step(run, step)
+        small_runs.kill_worker(run, rank)
+        began.append(time.monotonic())
+        reached = small_runs.last_step(run)
+        attempt = RunFolder(run).current_attempt()
+        command.wait_until(lambda attempt=attempt: RunFolder(run).current_attempt() > attempt, "a new attempt")
+        assert (reached - newest_checkpoint(run)) <= 3 + 1, "more than one checkpoint interval is repeated"
+    code, out, said = command.finish()
+    assert code == 0, said
+    assert said.count("warning: attempt") == 3, said
+    assert "Traceback" not in said
+    assert len(out.splitlines()) == 1
+    assert_the_same_run(run, unbroken)
+
+
+def newest_checkpoint(run: Path) -> int:
+    return max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-????????")), default=0)
+
+
+def test_sigterm_saves_one_step_on_all_workers_and_the_next_command_goes_on_exactly(
+    bench: Bench, unbroken: Path, start: Callable[..., Command]
+):
+    run, recipe = bench.run("stopped"), bench.recipe("stopped")
+    command = start(recipe)
+    command.wait_for_step(run, 4)
+    os.kill(command.process.pid, signal.SIGTERM)
+    code, out, said = command.finish()
+    assert (code, out) == (75, ""), said
+    assert f"saved step {newest_checkpoint(run)}" in said
+    assert newest_checkpoint(run) == small_runs.last_step(run) >= 4
+    code, out, said = start(recipe).finish()
+    assert code == 0, said
+    assert "goes on from step" in said
+    assert_the_same_run(run, unbroken)
+
+
+def test_sigint_saves_too_and_exits_130(bench: Bench, start: Callable[..., Command]):
+    run = bench.run("interrupted")
+    command = start(bench.recipe("interrupted"))
+    command.wait_for_step(run, 2)
+    os.kill(command.process.pid, signal.SIGINT)
+    code, _, said = command.finish()
+    assert code == 130, said
+    assert newest_checkpoint(run) == small_runs.last_step(run) >= 2
+
+
+def test_without_restarts_left_the_lost_rank_is_named_and_what_was_saved_stays(
+    bench: Bench, start: Callable[..., Command]
+):
+    run = bench.run("no-restarts")
+    command = start(bench.recipe("no-restarts", max_failures=0))
+    command.wait_for_step(run, 4)
+    pid = small_runs.worker_pid(run, 1)
+    small_runs.kill_worker(run, 1)
+    code, out, said = command.finish()
+    assert (code, out) == (1, ""), said
+    assert f"rank 1 (process {pid}" in said
+    assert "Traceback" not in said
+    assert newest_checkpoint(run) >= 3
+
+
+def test_a_second_command_on_a_run_is_refused_while_the_first_is_at_work(bench: Bench, start: Callable[..., Command]):
+    folder = RunFolder(bench.run("busy"))
+    folder.create()
+    with folder.lock():
+        code, out, said = start(bench.recipe("busy")).finish()
+    assert (code, out) == (2, ""), said
+    assert f"process {os.getpid()} on " in said
+
+
+def test_more_workers_than_cores_are_refused_at_once_with_the_numbers(bench: Bench, start: Callable[..., Command]):
+    workers = 2 * (os.cpu_count() or 1)
+    began = time.monotonic()
+    options = ("--set", f"cluster.workers={workers}", "--set", "cluster.cpus_per_worker=1")
+    code, out, said = start(bench.recipe("crowd"), *options).finish()
+    assert (code, out) == (2, ""), said
+    assert f"{workers} workers × 1 CPU = {workers} CPUs; this machine has" in said
+    assert time.monotonic() - began < 20
+    assert not bench.run("crowd").exists()

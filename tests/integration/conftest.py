@@ -1,0 +1,25 @@
+"""One Ray for all tests of a session that need one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from tunesmith.cluster.session import RaySession
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[RaySession]:
+    """A local Ray, as a run starts one; runs in this process then use it and leave it running."""
+    with RaySession() as session:
+        session.nodes()
+        yield session
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a byte tokenizer."""
+    return tiny_models.make("llama", tmp_path_factory.mktemp("base"))

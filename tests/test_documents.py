@@ -1,0 +1,76 @@
+"""What is written about the code is true of it: the reference, the examples, the links, the commands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from imports import REPOSITORY
+
+from tunesmith.cluster.recipe import reference
+from tunesmith.cluster.recipe.load import load_recipe
+
+PAGES = sorted(
+    [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "examples").rglob("*.md")]
+)
+RECIPES = sorted((REPOSITORY / "examples").rglob("*.yaml"))
+
+
+def from_root(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+def test_the_recipe_reference_is_what_the_schema_says() -> None:
+    written = (REPOSITORY / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert written == reference.markdown(), "python -m tunesmith.cluster.recipe.reference > docs/recipe.md"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=from_root)
+def test_every_example_is_a_valid_recipe_whose_data_is_there(path: Path) -> None:
+    recipe = load_recipe(path)
+    for source in recipe.data.train:
+        assert (REPOSITORY / source.path).is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=from_root)
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text):
+        link, _, anchor = "".join(target).partition("#")
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        path = (page.parent / link).resolve() if link else page
+        has_anchor = not anchor or path.suffix != ".md" or anchor in anchors(path)
+        if not path.exists() or not has_anchor:
+            broken.append("".join(target))
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=from_root)
+def test_every_recipe_shown_is_valid(page: Path, tmp_path: Path) -> None:
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)):
+        shown = tmp_path / f"{number}.yaml"
+        shown.write_text(block, encoding="utf-8")
+        load_recipe(shown)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=from_root)
+def test_every_make_target_shown_exists(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    shown = set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE))
+    assert shown <= targets
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that code hosts make from a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_what_has_to_pass_is_the_test_command_of_the_readme_and_the_checks() -> None:
+    ran = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    shown = re.findall(r"^make [a-z-]+", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert "make test" in shown
+    assert {"make check", "make test"} <= set(ran)

@@ -1,0 +1,45 @@
+"""Which Ray a run uses, and how soon it learns that a cluster is not there."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+import pytest
+
+from tunesmith.cluster.errors import ResourceError
+from tunesmith.cluster.session import RaySession, cluster_address, require_answer
+
+
+def test_the_recipes_address_comes_before_the_environments(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cluster_address(None) is None
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert cluster_address(None) == "10.0.0.1:6379"
+    assert cluster_address("10.0.0.2:6379") == "10.0.0.2:6379"
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        began = time.monotonic()
+        with RaySession(address) as session, pytest.raises(ResourceError, match=f"{address}.*nothing answers there"):
+            session.nodes()
+    assert time.monotonic() - began < 20  # most of it importing Ray
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:port"])
+def test_an_address_of_another_kind_is_refused(address: str):
+    with pytest.raises(ConnectionError, match="host:port"):
+        require_answer(address)
+
+
+def test_whatever_a_session_put_into_the_environment_is_taken_back(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RAY_TRAIN_METRICS_ENABLED", raising=False)
+    session = RaySession("head")  # refused, so no Ray is started
+    session.start()
+    assert os.environ["RAY_TRAIN_METRICS_ENABLED"] == "0"
+    session.close()
+    assert "RAY_TRAIN_METRICS_ENABLED" not in os.environ

@@ -1,0 +1,1 @@
+"""Data: from files to tokens on disk, with every row accounted for."""

@@ -1,0 +1,204 @@
+"""The artifact: a plain PEFT or Hugging Face folder that any tool loads, with its receipts, card and signature."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tunesmith.cluster.artifacts import ParityReceipt
+from tunesmith.cluster.errors import ReceiptError, StorageError, TunesmithError
+from tunesmith.cluster.recipe.load import recipe_hash
+from tunesmith.cluster.recipe.schema import Lora, Recipe
+from tunesmith.cluster.runs import RunFolder
+from tunesmith.cluster.storage import commit_folder
+from tunesmith.trainers import card
+from tunesmith.trainers.base import BaseRef
+from tunesmith.trainers.data.prepare import Prepared
+from tunesmith.trainers.models import load_tokenizer
+from tunesmith.trainers.receipts import parity
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def write_artifact(
+    engine: Any, recipe: Recipe, base: BaseRef, run: RunFolder, data: Prepared, device: torch.device
+) -> ParityReceipt:
+    """Writes `run.artifact` from the weights that the engine holds now. Collective.
+
+    The parity receipt is made from the folder before it is signed and lies in it either way.
+
+    Args:
+        engine: the DeepSpeed engine around a `Policy`.
+        run: its metrics, and the mask receipt in its `receipts/`, go into the artifact.
+        data: held-out rows for the parity receipt; its template goes into the artifact's tokenizer.
+        device: where the artifact is reloaded for comparison.
+
+    Raises:
+        ReceiptError: on every worker, once the artifact is written, when it is not the model that was trained.
+        DiskFullError, StorageError: on every worker; an earlier artifact is untouched.
+    """
+    split, store, rows = parity.choose_rows(data, recipe.eval.parity_rows)
+    trained = parity.training_logps(engine, store, rows, data.report.max_length, device)
+    model = engine.module.model
+    weights = whole_weights(model, _is_adapter if isinstance(recipe.adaptation, Lora) else _is_any)
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+
+    def write() -> ParityReceipt:
+        about: dict[str, Any] = {"kind": "artifact"}
+        needed = sum(tensor.nbytes for tensor in weights.values())
+        with commit_folder(run.artifact, about, needed) as folder:
+            save_weights(model, weights, folder, data.report.end_of_turn)
+            save_tokenizer(base, data.report.chat_template, folder)
+            weights.clear()
+            receipt = parity.compare(
+                trained, folder, base, store, rows, quantization=recipe.model.quantization, dtype=dtype, device=device
+            )
+            _save_receipts(run, receipt, folder)
+            about |= _about(recipe, base, data, receipt)
+            (folder / "README.md").write_text(card.card(recipe, base, run, data, receipt, split), encoding="utf-8")
+        return receipt
+
+    receipt = _on_rank_zero(write)
+    if not receipt.passed:
+        raise ReceiptError(
+            f"the parity receipt failed: {'; '.join(receipt.problems)}",
+            f"The artifact is in {run.artifact}, with the receipt; do not serve it before this is explained.",
+        )
+    return receipt
+
+
+def whole_weights(model: nn.Module, wanted: Callable[[str, nn.Parameter], bool]) -> dict[str, Tensor]:
+    """Copies of the wanted parameters, and of saved buffers, on rank 0's CPU; empty elsewhere. Collective.
+
+    ZeRO-3 shards are gathered one parameter at a time. Tied parameters appear once.
+    """
+    is_first = _rank() == 0
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if wanted(name, parameter):
+            with _whole(parameter):
+                if is_first:
+                    weights[name] = parameter.detach().to("cpu", copy=True)
+    if is_first and wanted is _is_any:
+        kept = model.state_dict().keys()
+        weights |= {name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers() if name in kept}
+    return weights
+
+
+def save_weights(model: Any, weights: dict[str, Tensor], folder: Path, end_of_turn: int | None) -> None:
+    """Saves an adapter as PEFT does, a whole model as Transformers does (sharded, in the layout of its architecture).
+
+    Args:
+        model: the model that was trained, for its configs; its own weights are not read.
+        end_of_turn: token at which the whole model's generation shall stop, besides its own.
+    """
+    if not hasattr(model, "peft_config"):
+        _stop_at(model, end_of_turn)
+        model.save_pretrained(folder, state_dict=weights)
+        return
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    adapter = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in adapter.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"}
+    )
+    settings = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    text = json.dumps({key: _plain(value) for key, value in settings.items()}, indent=2, sort_keys=True)
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def save_tokenizer(base: BaseRef, chat_template: str | None, folder: Path) -> None:
+    """Saves the base's tokenizer with the very template that trained, if there was one."""
+    tokenizer = load_tokenizer(base)
+    if chat_template:
+        tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+
+
+def _stop_at(model: Any, end_of_turn: int | None) -> None:
+    settings = getattr(model, "generation_config", None)
+    if settings is None or end_of_turn is None:
+        return
+    own = settings.eos_token_id
+    tokens = {end_of_turn, *([own] if isinstance(own, int) else own or [])}
+    settings.eos_token_id = sorted(tokens) if len(tokens) > 1 else end_of_turn
+
+
+def _is_adapter(_name: str, parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad
+
+
+def _is_any(_name: str, _parameter: nn.Parameter) -> bool:
+    return True
+
+
+def _whole(parameter: nn.Parameter) -> Any:
+    """Within it a parameter that ZeRO-3 has sharded is whole on every worker."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed import zero
+
+    return zero.GatheredParameters([parameter])
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _on_rank_zero(act: Callable[[], ParityReceipt]) -> ParityReceipt:
+    """Acts on rank 0 while the others wait; its result, or its error, is everybody's."""
+    outcome: list[ParityReceipt | TunesmithError | None] = [None]
+    if _rank() == 0:
+        try:
+            outcome[0] = act()
+        except TunesmithError as error:
+            outcome[0] = error
+        except Exception as error:
+            if dist.is_initialized():  # the others must not wait for one that has gone
+                dist.broadcast_object_list([StorageError(f"rank 0 could not write the artifact: {error}")])
+            raise
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    result = outcome[0]
+    if isinstance(result, TunesmithError):
+        raise result
+    assert result is not None
+    return result
+
+
+def _save_receipts(run: RunFolder, receipt: ParityReceipt, folder: Path) -> None:
+    receipts = folder / "receipts"
+    if run.receipts.is_dir():
+        shutil.copytree(run.receipts, receipts)
+    receipts.mkdir(exist_ok=True)
+    (receipts / "parity.json").write_text(receipt.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def _about(recipe: Recipe, base: BaseRef, data: Prepared, receipt: ParityReceipt) -> dict[str, Any]:
+    """What the manifest says besides its files."""
+    return {
+        "run": recipe.name,
+        "objective": recipe.objective.kind,
+        "adaptation": recipe.adaptation.kind,
+        "base": {"reference": base.reference, "revision": base.revision, "digest": base.digest},
+        "recipe_sha256": recipe_hash(recipe),
+        "data_sha256": data.fingerprint,
+        "parity_passed": receipt.passed,
+        "versions": card.versions(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Sets in sorted order and enumerations by value: the same adapter is the same file."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return getattr(value, "value", value)

@@ -1,0 +1,116 @@
+"""One attempt: Ray Train's workers from start to end, watched from the driver. Decides nothing."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+
+from tunesmith.cluster.events import Listener, Step
+from tunesmith.cluster.recipe.schema import Recipe
+from tunesmith.cluster.runs import RunFolder
+from tunesmith.cluster.tail import MetricsTail
+from tunesmith.trainers.lean import ClusterTrainer, LocalTrainer
+from tunesmith.trainers.rendezvous import Rendezvous
+from tunesmith.trainers.stopping import StopSignals
+from tunesmith.trainers.worker import read_presence, train_worker
+
+if TYPE_CHECKING:
+    from tunesmith.trainers.launch import Inputs
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What Ray Train saw of an attempt's end; empty when all workers returned."""
+
+    died: dict[int, str] = field(default_factory=dict)
+    """Ranks whose process is gone, and what is known of it."""
+    raised: dict[int, str] = field(default_factory=dict)
+    """Ranks that raised: for a reason of their own, or because another one is gone."""
+
+
+def fit(
+    recipe: Recipe, inputs: Inputs, attempt: int, allow_change: bool, signals: StopSignals, on_event: Listener
+) -> Ending:
+    """Runs the attempt to its end, telling `on_event` of each step.
+
+    What the workers themselves had to say is in the attempt's outcome file.
+    """
+    folder, need, timeout_s = inputs.folder, inputs.need, recipe.cluster.timeout_s
+    scratch = folder.root / ".ray"
+    trainer = (LocalTrainer if inputs.local else ClusterTrainer)(
+        train_worker,
+        train_loop_config={
+            "run": str(folder.root),
+            "attempt": attempt,
+            "recipe": recipe.model_dump(mode="json", exclude_unset=True),
+            "read_keys": recipe.read_keys(),
+            "base": asdict(inputs.base),
+            "cache": str(inputs.cache),
+            "data": inputs.prepared.fingerprint,
+            "allow_change": allow_change,
+            "backend": "nccl" if need.gpus else "gloo",
+            "timeout_s": timeout_s,
+        },
+        backend_config=Rendezvous(),
+        scaling_config=ScalingConfig(
+            num_workers=need.workers, use_gpu=need.gpus > 0, resources_per_worker=need.ray_resources()
+        ),
+        run_config=RunConfig(
+            name=f"{folder.name}-{attempt}", storage_path=str(scratch), failure_config=FailureConfig(max_failures=0)
+        ),
+    )
+    tail = MetricsTail(folder.metrics)
+    work = _Work(trainer)
+    work.start()
+    try:
+        while work.is_alive():
+            work.join(POLL_SECONDS)
+            for line in tail.lines():
+                on_event(Step(line))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return _ending(work.failure, folder)
+
+
+class _Work(threading.Thread):
+    """`trainer.fit()` off the main thread, where Ray Train would take SIGINT for itself."""
+
+    def __init__(self, trainer: ClusterTrainer) -> None:
+        super().__init__(name="ray-train", daemon=True)
+        self._trainer = trainer
+        self.failure: TrainingFailedError | RayError | None = None
+
+    def run(self) -> None:
+        try:
+            self._trainer.fit()
+        except (TrainingFailedError, RayError) as failure:
+            self.failure = failure
+
+
+def _ending(failure: TrainingFailedError | RayError | None, folder: RunFolder) -> Ending:
+    if isinstance(failure, WorkerGroupError):
+        died = {
+            rank: f"{read_presence(folder, rank)} {'hangs' if isinstance(error, WorkerHealthCheckTimeoutError) else 'died'}"
+            for rank, error in failure.worker_failures.items()
+            if isinstance(error, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError)
+        }
+        raised = {rank: _first_line(error) for rank, error in failure.worker_failures.items() if rank not in died}
+        return Ending(died, raised)
+    if isinstance(failure, ControllerError):
+        return Ending({0: f"Ray Train could not start the workers: {_first_line(failure.controller_failure)}"})
+    if failure is not None:
+        return Ending({0: f"Ray lost the controller: {_first_line(failure)}"})
+    return Ending()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,239 @@
+"""From a recipe to an artifact: checks everything, then runs attempts on Ray Train until one ends well.
+
+Bad input is refused before a run exists. Recovery is ours alone: Ray's snapshots are thrown away, and every attempt
+begins from what the checkpoints' own manifests vouch for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tunesmith.cluster.artifacts import verify
+from tunesmith.cluster.errors import OutputError, UsageError, WorkerError
+from tunesmith.cluster.events import Ended, Listener, Note, Training, Warned, ignore
+from tunesmith.cluster.identity import Identity, changes, refuse_changes
+from tunesmith.cluster.metrics import read_metrics
+from tunesmith.cluster.recipe.load import resolved
+from tunesmith.cluster.recipe.schema import Recipe
+from tunesmith.cluster.resources import Need, needs, require_resources, this_machine
+from tunesmith.cluster.runs import RunFolder
+from tunesmith.cluster.session import RaySession
+from tunesmith.cluster.storage import write_atomic
+from tunesmith.trainers.attempts import GiveUp, LostAttempt, decide
+from tunesmith.trainers.data.prepare import Prepared, prepare
+from tunesmith.trainers.models import BaseRef, check_adaptation, resolve_base
+from tunesmith.trainers.outcome import read_outcome
+from tunesmith.trainers.stopping import StopSignals
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    run: str
+    artifact: str
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    """`train_loss`, `eval_loss`, `tokens_per_second`."""
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run begins from, all of it checked."""
+
+    folder: RunFolder
+    base: BaseRef
+    cache: Path
+    """Where the tokenised data lies."""
+    prepared: Prepared
+    need: Need
+    identity: Identity
+    local: bool
+    """Whether Ray is one of our own on this machine."""
+
+
+def run(recipe: Recipe, allow_change: bool = False, on_event: Listener = ignore) -> Result:
+    """Trains the recipe's run, or goes on with it, and returns when its artifact is there.
+
+    The same recipe again goes on from the newest whole checkpoint, or answers at once when the run is finished.
+
+    Raises:
+        UsageError: something about the recipe, data, model, resources or output is wrong; no run is left behind.
+        StoppedError: SIGTERM came; all workers saved the same step.
+        InterruptedRunError: SIGINT came; likewise.
+        WorkerError: workers kept failing, or one failed in a way that a restart cannot mend.
+        TunesmithError: what a worker raised, as itself.
+    """
+    folder = run_folder(recipe)
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(StopSignals(recipe.name))
+        session = stack.enter_context(RaySession(recipe.cluster.address))
+        is_new = not folder.root.exists()
+        if not is_new:  # a second command on one run is refused before it costs anything
+            stack.enter_context(folder.lock())
+        inputs = check(recipe, session, on_event, start_ray=not folder.artifact.exists())
+        folder.create()
+        if is_new:
+            stack.enter_context(folder.lock())
+        try:
+            finished = _finished(inputs, allow_change, on_event)
+            if finished is not None:
+                return finished
+            _record(inputs)
+            stack.callback(draw, folder)  # however it ends; between attempts it would only keep the workers waiting
+            return _attempts(recipe, inputs, session, signals, allow_change, on_event)
+        except UsageError:
+            folder.discard_if_unused()
+            raise
+
+
+def plan(recipe: Recipe, on_event: Listener = ignore) -> dict[str, Any]:
+    """Checks everything that `run` checks before it trains, and says what it would do.
+
+    Raises:
+        UsageError: as `run`.
+    """
+    with RaySession(recipe.cluster.address) as session:
+        inputs = check(recipe, session, on_event)
+    need, folder = inputs.need, inputs.folder
+    workers = f"{need.workers} worker{'s' if need.workers > 1 else ''} of {need.cpus:g} CPUs"
+    on_event(Note(f"run {folder.name} would train on {workers}{f' and {need.gpus:g} GPUs' if need.gpus else ''}"))
+    return {
+        "run": folder.name,
+        "folder": str(folder.root),
+        "base": inputs.base.reference,
+        "workers": need.workers,
+        "cpus_per_worker": need.cpus,
+        "gpus_per_worker": need.gpus,
+        "goes_on_from_step": newest_step(folder),
+        "data": inputs.prepared.report.model_dump(mode="json"),
+    }
+
+
+def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore, start_ray: bool = False) -> Inputs:
+    """Checks the output folder, base model, resources and data; leaves nothing behind but the data's cache.
+
+    `start_ray` begins to start a local Ray meanwhile; a cluster elsewhere is always asked what it has.
+    """
+    folder = run_folder(recipe)
+    _require_writable(folder.root)
+    base = resolve_base(recipe.model.base, recipe.model.revision, folder.root.parent)
+    check_adaptation(recipe, base)
+    nodes = [this_machine()] if session.local else session.nodes()
+    need = needs(recipe.cluster, nodes)
+    require_resources(need, nodes)
+    if start_ray:
+        session.start()
+    cache = folder.root.parent / ".cache" / "data"  # shared by all runs of an output folder
+    prepared = prepare(recipe, base, cache)
+    on_event(Note("\n".join(prepared.report.lines())))
+    identity = Identity(recipe=resolved(recipe), data=prepared.files, base=base.digest)
+    return Inputs(folder, base, cache, prepared, need, identity, session.local)
+
+
+def run_folder(recipe: Recipe) -> RunFolder:
+    """Where the recipe's run lies."""
+    return RunFolder(Path(recipe.output.dir).expanduser().absolute() / recipe.name)
+
+
+def newest_step(folder: RunFolder) -> int:
+    """Step of the newest committed checkpoint by name; 0 when there is none."""
+    names = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.checkpoints.glob("step-*"))
+    return max((int(name[1]) for name in names if name), default=0)
+
+
+def _require_writable(root: Path) -> None:
+    nearest = next(path for path in (root, *root.parents) if path.exists())
+    if not nearest.is_dir():
+        raise OutputError(f"{nearest} is a file, so runs cannot be written below it", "Set output.dir to a folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{nearest} cannot be written by this user", "Set output.dir to a folder you may write.")
+
+
+def _finished(inputs: Inputs, allow_change: bool, on_event: Listener) -> Result | None:
+    """The result of a run that is finished and unchanged; None when there is something to train.
+
+    Raises:
+        ChangedError: the run began with another recipe, model or data.
+    """
+    folder = inputs.folder
+    if not folder.identity.exists():
+        return None
+    saved = Identity.load(folder.identity)
+    refuse_changes(saved, inputs.identity, allow_change, folder.has_checkpoint())
+    changed = changes(saved, inputs.identity)
+    for name, old, new in changed:
+        on_event(Warned(f"going on with a change: {name}: {old} → {new}"))
+    outcome = read_outcome(folder.outcome(folder.current_attempt()))
+    if changed or outcome is None or outcome.kind != "done" or not folder.artifact.exists():
+        return None
+    verify(folder.artifact)
+    on_event(Note(f"run {folder.name} is finished already; its artifact is whole: {folder.artifact}"))
+    return _result(folder, outcome.result)
+
+
+def _record(inputs: Inputs) -> None:
+    """Writes what the run begins with beside it."""
+    folder = inputs.folder
+    write_atomic(folder.recipe, yaml.safe_dump(inputs.identity.recipe, sort_keys=False, allow_unicode=True))
+    write_atomic(folder.data_report, inputs.prepared.report.model_dump_json(indent=1))
+    if inputs.prepared.quarantine.stat().st_size:
+        shutil.copyfile(inputs.prepared.quarantine, folder.quarantine)
+    inputs.identity.save(folder.identity)
+    folder.clear_stop()
+
+
+def _attempts(
+    recipe: Recipe,
+    inputs: Inputs,
+    session: RaySession,
+    signals: StopSignals,
+    allow_change: bool,
+    on_event: Listener,
+) -> Result:
+    folder, lost, max_failures = inputs.folder, [], recipe.train.max_failures  # read now: workers refuse unread keys
+    require_resources(inputs.need, session.nodes())
+    from tunesmith.trainers.fit import fit  # only now: Ray's modules import each other, which two threads cannot do
+
+    signals.stop_with(folder.request_stop)
+    while True:
+        attempt, from_step = folder.begin_attempt(), newest_step(folder)
+        on_event(Training(recipe.name, attempt, from_step, recipe.train.max_steps))
+        ending = fit(recipe, inputs, attempt, allow_change, signals, on_event)
+        on_event(Ended())
+        outcome = read_outcome(folder.outcome(attempt))
+        if outcome is not None and outcome.kind == "done":
+            return _result(folder, outcome.result)
+        if outcome is not None and (outcome.kind == "error" or not ending.died):
+            raise signals.translated(outcome.to_error())
+        if signals.received is not None:
+            raise signals.error(
+                f"workers were lost before they had saved; the newest checkpoint is step {newest_step(folder)}"
+            )
+        lost.append(LostAttempt(attempt, ending.died or ending.raised, from_step, newest_step(folder)))
+        decision = decide(lost, max_failures)
+        if isinstance(decision, GiveUp):
+            raise WorkerError(decision.what, decision.fix)
+        on_event(Warned(decision.warning))
+
+
+def draw(folder: RunFolder) -> None:
+    """Draws loss.png from what was measured so far, if anything was."""
+    lines = read_metrics(folder.metrics)
+    if lines:
+        from tunesmith.trainers.plot import draw_losses
+
+        draw_losses(lines, folder.loss_picture, folder.name)
+
+
+def _result(folder: RunFolder, outcome: dict[str, Any]) -> Result:
+    metrics = {key: outcome["metrics"].get(key) for key in ("train_loss", "eval_loss", "tokens_per_second")}
+    return Result(folder.name, str(folder.artifact), metrics, int(outcome["step"]))

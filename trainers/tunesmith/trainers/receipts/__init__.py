@@ -1,0 +1,1 @@
+"""Receipts: what rides in an artifact to show that it is what it says."""

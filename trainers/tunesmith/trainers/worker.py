@@ -1,0 +1,140 @@
+"""What runs in each Ray Train worker: joins the process group, trains, and says how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.cluster.errors import StoppedError, TunesmithError
+from tunesmith.cluster.runs import RunFolder
+from tunesmith.trainers.base import BaseRef
+from tunesmith.trainers.outcome import AttemptOutcome, write_outcome
+
+if TYPE_CHECKING:
+    from tunesmith.trainers.loop import Outcome
+
+LOST_PEER_SIGNS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Socket closed",
+    "recvValue failed",
+    "sendBytes failed",
+    "NCCL communicator was aborted",
+    "ncclRemoteError",
+    "ncclSystemError",
+)
+"""What torch.distributed says in a worker when another one is gone. Such a worker is a victim, not the cause."""
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Entry point of a worker.
+
+    Args:
+        settings: `run` (its folder), `attempt`, `recipe` (the keys that the user wrote), `read_keys`, `base` (BaseRef),
+            `cache`, `data` (its fingerprint), `allow_change`, `backend` (gloo or nccl) and `timeout_s`; plain data, so that no class of ours is
+            pickled before this process has its log.
+    """
+    run, rank = RunFolder(Path(settings["run"])), int(os.environ["RANK"])
+    _log_to(log_file(run))
+    write_presence(run, settings["attempt"], rank)
+    ending = run.outcome(settings["attempt"])
+    try:
+        outcome = _train(settings)
+        if not outcome.finished:
+            raise StoppedError(
+                f"run {run.name} was stopped: all workers have saved step {outcome.step}",
+                "The same command goes on from there.",
+            )
+    except BaseException as error:
+        if isinstance(error, TunesmithError) or not is_lost_peer(error):
+            write_outcome(ending, AttemptOutcome.failed(rank, error))
+        raise
+    if rank == 0:
+        write_outcome(ending, AttemptOutcome.done(rank, {"step": outcome.step, "metrics": outcome.metrics}))
+
+
+def _train(settings: dict[str, Any]) -> Outcome:
+    backend = settings["backend"]
+    if backend == "gloo":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that was not asked for is not used
+
+    import torch
+    import torch.distributed as dist
+
+    from tunesmith.trainers.loop import TrainJob, train
+
+    job = TrainJob(
+        recipe=settings["recipe"],
+        read_keys=settings["read_keys"],
+        run=Path(settings["run"]),
+        cache=Path(settings["cache"]),
+        data=settings["data"],
+        base=BaseRef(**settings["base"]),
+        attempt=settings["attempt"],
+        allow_change=settings["allow_change"],
+    )
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, init_method="env://", timeout=timedelta(seconds=settings["timeout_s"]))
+    outcome = train(job, _tell_nobody)
+    dist.barrier()  # nobody leaves, and looks lost to the others, before all are done
+    dist.destroy_process_group()
+    return outcome
+
+
+def _tell_nobody(metrics: dict[str, Any]) -> None:
+    """Steps do not go through Ray: its report waits for a poll of every worker, and metrics.jsonl tells the driver."""
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether the exception says that another worker is gone."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if any(sign in str(chain) for sign in LOST_PEER_SIGNS):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
+def write_presence(run: RunFolder, attempt: int, rank: int) -> None:
+    """Leaves `control/rank-<rank>.json`, so that a message about a lost worker can name its process and host."""
+    path = presence_file(run, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"attempt": attempt, "pid": os.getpid(), "host": socket.gethostname()}))
+
+
+def log_file(run: RunFolder) -> Path:
+    """What all workers of all attempts print."""
+    return run.root / "log.txt"
+
+
+def presence_file(run: RunFolder, rank: int) -> Path:
+    """Where the worker of this rank says which process it is."""
+    return run.stop_file.with_name(f"rank-{rank}.json")
+
+
+def _log_to(path: Path) -> None:
+    """Sends this process's output, native libraries' included, to the end of the run's log."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+def read_presence(run: RunFolder, rank: int) -> str:
+    """Which process the worker of this rank was, for a message."""
+    try:
+        who = json.loads(presence_file(run, rank).read_text())
+    except (FileNotFoundError, ValueError):
+        return "its process"
+    return f"process {who['pid']} on {who['host']}"
