@@ -169,6 +169,7 @@ class RaySession:
             require_answer(self.address)
             from ray._private.authentication import authentication_token_setup as tokens
 
+            logging.getLogger("ray").setLevel(logging.ERROR)
             # Ray itself sends a token it has to an automatically found cluster only.
             tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
