@@ -178,18 +178,23 @@ class RaySession:
             return True
         machine = this_machine()
         self._folder = _short_temporary_folder()
+        wanted: dict[str, Any] = {
+            "num_cpus": int(machine.cpus),
+            "num_gpus": int(machine.gpus),
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+            "_memory": int(machine.memory_gib * GIB),
+            "_temp_dir": str(self._folder),
+        }
         with _bare_node():
-            ray.init(
-                address="local",
-                num_cpus=int(machine.cpus),
-                num_gpus=int(machine.gpus),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                _memory=int(machine.memory_gib * GIB),
-                _temp_dir=str(self._folder),
-                **quiet,
-            )
+            try:
+                ray.init(address="local", **wanted, **quiet)
+            except Exception as failure:
+                # Ray gives its node 30 s, which a busy machine may need for the first import of Ray alone.
+                if "timed out during startup" not in str(failure):
+                    raise
+                ray.init(address="local", **wanted, **quiet)
         return True
 
     def _set_environment(self) -> None:
