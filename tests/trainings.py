@@ -55,6 +55,13 @@ def zero(stage: int) -> dict[str, Any]:
 
 def train_here(folder: Path, written: dict[str, Any], attempt: int = 1) -> Trainer:
     """Trains in this worker of a process group; collective. The trainer is returned as the run left it."""
+    trainer = trainer_here(folder, written, attempt)
+    trainer.run()
+    return trainer
+
+
+def trainer_here(folder: Path, written: dict[str, Any], attempt: int = 1) -> Trainer:
+    """A trainer in this worker of a process group, not yet set up; collective."""
     torch.set_num_threads(1)
     run = RunFolder(folder / "runs" / written["name"])
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -67,9 +74,7 @@ def train_here(folder: Path, written: dict[str, Any], attempt: int = 1) -> Train
     whole.forget_reads()
     data = prepare(whole, base, cache).fingerprint
     job = TrainJob(written, [*READ_BY_DRIVER, *whole.read_keys()], run.root, cache, data, base, attempt)
-    trainer = Trainer(job, lambda _record: None)
-    trainer.run()
-    return trainer
+    return Trainer(job, lambda _record: None)
 
 
 def losses(folder: Path, name: str) -> list[float]:

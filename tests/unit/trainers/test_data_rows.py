@@ -63,7 +63,7 @@ def test_damage_in_a_line_costs_that_line_and_keeps_the_count(tmp_path):
     found = [(raw.line, raw.row or raw.problem) for raw in rows_of(path)]
     assert found == [
         (1, {"text": "a"}),
-        (3, "invalid JSON: Expecting value: line 2 column 1 (char 10)"),
+        (3, "invalid JSON at character 11 of the line: Expecting value"),
         (4, "invalid UTF-8 at byte 11 of the line"),
         (5, "not an object but a list"),
         (6, {"text": "z"}),

@@ -71,6 +71,11 @@ def resolve_base(reference: str, revision: str | None, output_dir: str | Path) -
             f"model.base: there is no folder {reference!r}{_near(reference)}",
             "Give a folder with config.json, a Hugging Face hub id (owner/name), run:NAME or builtin:NAME.",
         )
+    if revision is not None and commit is None:
+        raise ModelError(
+            f"model.revision: {revision!r} means nothing for {reference}: only a hub id has revisions",
+            "Take model.revision out.",
+        )
     config = check_folder(folder, reference)
     return BaseRef(reference, str(folder), digest(folder, output / ".cache"), context_length(config), commit)
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 
 from tunesmith.cluster.artifacts import verify
-from tunesmith.cluster.errors import OutputError, UsageError, WorkerError
+from tunesmith.cluster.errors import OutputError, RecipeError, UsageError, WorkerError
 from tunesmith.cluster.events import Ended, Listener, Note, Training, Warned, ignore
 from tunesmith.cluster.identity import Identity, changes, refuse_changes
 from tunesmith.cluster.metrics import read_metrics
@@ -28,7 +29,10 @@ from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.session import RaySession
 from tunesmith.cluster.storage import write_atomic
 from tunesmith.trainers.attempts import GiveUp, LostAttempt, decide
+from tunesmith.trainers.data.build import look_at
 from tunesmith.trainers.data.prepare import Prepared, prepare
+from tunesmith.trainers.idle_keys import refuse_idle_keys
+from tunesmith.trainers.logs import require_installed
 from tunesmith.trainers.models import BaseRef, check_adaptation, resolve_base
 from tunesmith.trainers.outcome import read_outcome
 from tunesmith.trainers.stopping import StopSignals
@@ -126,14 +130,22 @@ def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore, star
     folder = run_folder(recipe)
     _require_writable(folder.root)
     base = resolve_base(recipe.model.base, recipe.model.revision, folder.root.parent)
+    refuse_idle_keys(recipe, base)
     check_adaptation(recipe, base)
+    if session.local:  # else it is the workers' machines that count
+        require_installed(recipe.output.report_to)
     nodes = [this_machine()] if session.local else session.nodes()
     need = needs(recipe.cluster, nodes)
     require_resources(need, nodes)
+    if recipe.train.precision == "fp16" and not need.gpus:
+        raise RecipeError("train.precision: fp16 needs GPUs, and these workers have none", "Use auto, fp32 or bf16.")
+    for source in [*recipe.data.train, *(recipe.data.validation or [])]:
+        look_at(source)
     if start_ray:
         session.start()
     cache = folder.root.parent / ".cache" / "data"  # shared by all runs of an output folder
     prepared = prepare(recipe, base, cache)
+    refuse_idle_keys(recipe, base, prepared.report)
     on_event(Note("\n".join(prepared.report.lines())))
     identity = Identity(recipe=resolved(recipe), data=prepared.files, base=base.digest)
     return Inputs(folder, base, cache, prepared, need, identity, session.local)
@@ -151,11 +163,16 @@ def newest_step(folder: RunFolder) -> int:
 
 
 def _require_writable(root: Path) -> None:
+    """Tries it: permission bits say nothing to root, and nothing about what is mounted read-only."""
     nearest = next(path for path in (root, *root.parents) if path.exists())
     if not nearest.is_dir():
         raise OutputError(f"{nearest} is a file, so runs cannot be written below it", "Set output.dir to a folder.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"{nearest} cannot be written by this user", "Set output.dir to a folder you may write.")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".tunesmith-", dir=nearest))
+    except OSError as error:
+        raise OutputError(
+            f"{root}: {nearest} cannot be written: {error.strerror}", "Set output.dir to a folder you may write."
+        ) from error
 
 
 def _finished(inputs: Inputs, allow_change: bool, on_event: Listener) -> Result | None:
@@ -165,8 +182,8 @@ def _finished(inputs: Inputs, allow_change: bool, on_event: Listener) -> Result 
         ChangedError: the run began with another recipe, model or data.
     """
     folder = inputs.folder
-    if not folder.identity.exists():
-        return None
+    if not folder.identity.exists() or not (folder.has_checkpoint() or folder.artifact.exists()):
+        return None  # nothing to go on with: it begins as what the recipe says now
     saved = Identity.load(folder.identity)
     refuse_changes(saved, inputs.identity, allow_change, folder.has_checkpoint())
     changed = changes(saved, inputs.identity)

@@ -131,6 +131,13 @@ class Lora(Section):
     target_modules: str | list[str] = "all-linear"
     """`all-linear` (every linear layer but the head), a regular expression of full module names, or a list of name endings."""
 
+    @field_validator("target_modules")
+    @classmethod
+    def _name_something(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("empty: name at least one module, or all-linear")
+        return value
+
 
 class EarlyStopping(Section):
     """Stops when the metric no longer improves."""

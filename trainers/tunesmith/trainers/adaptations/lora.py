@@ -91,6 +91,11 @@ def matches(model: nn.Module, targets: str | list[str]) -> list[str]:
     picked: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         found = _pick(target, modules, regular_expression=isinstance(targets, str))
+        if not found and targets in _endings(adaptable):
+            raise ModelError(
+                f"adaptation.target_modules: {target!r} as a text is a regular expression of full module names, and matches none",
+                f"For all layers of this name write a list: [{target}].",
+            )
         if not found:
             raise _nothing(target, adaptable)
         if wrong := [name for name in found if name not in adaptable]:

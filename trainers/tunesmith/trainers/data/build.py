@@ -18,7 +18,7 @@ from tunesmith.trainers.data.encoding import Encoder
 from tunesmith.trainers.data.fit import Rule, fit
 from tunesmith.trainers.data.formats import Conversation, Example, Format, Text
 from tunesmith.trainers.data.report import BadRow, DataReport, SourceReport, SplitReport
-from tunesmith.trainers.data.sources import RawRow, read_rows
+from tunesmith.trainers.data.sources import RawRow, find_files, read_rows
 from tunesmith.trainers.data.tokens import Piece, Spool, TokenStore, count_labels
 
 if TYPE_CHECKING:
@@ -174,7 +174,10 @@ class Builder:
         if empty is not None or not used:
             path = empty.path if empty else "the data"
             mine = [row for report, row, _ in self.unused if report is empty]
-            raise DataError(f"no row of {path} can be used\n{_listed(mine)}", "Each line above says why.")
+            fix = (
+                "Raise data.max_length, or choose another rule with data.long_rows." if empty and empty.dropped else ""
+            )
+            raise DataError(f"no row of {path} can be used\n{_listed(mine)}", fix)
 
     def _assign(self) -> np.ndarray:
         """Split of each usable row: int8 [rows]."""
@@ -205,6 +208,17 @@ class Builder:
             end_of_turn=self.encoder.end_of_turn_id,
             leaked_rows=sum(digest in trained for digest in self.digests["validation"]),
         )
+
+
+def look_at(source: Source) -> None:
+    """Refuses what the first rows give away, before anything slow begins: of files only, not of `datasets` folders or the hub.
+
+    Raises:
+        DataError: it is missing, empty, or its columns say no known format.
+    """
+    files = find_files(source.path)
+    if files and not Path(files[0]).is_dir():
+        _recognise(source, list(islice(read_rows(source), _LOOK)))
 
 
 def _recognise(source: Source, rows: list[RawRow]) -> tuple[Format, list[str]]:

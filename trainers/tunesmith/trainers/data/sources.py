@@ -151,6 +151,8 @@ def _parse(file: str, line: int, raw: bytes) -> RawRow:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         return RawRow(file, line, None, f"invalid UTF-8 at byte {error.start + 1} of the line")
+    except json.JSONDecodeError as error:
+        return RawRow(file, line, None, f"invalid JSON at character {error.pos + 1} of the line: {error.msg}")
     except (ValueError, RecursionError) as error:
         return RawRow(file, line, None, f"invalid JSON: {error}")
     return _object(file, line, value)
