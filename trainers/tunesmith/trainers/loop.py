@@ -91,23 +91,22 @@ class Progress:
 
     Attributes:
         step: optimizer steps done.
-        best_loss: lowest held-out loss so far.
+        best_loss: lowest held-out loss so far; None before the first.
         evaluations_without_gain: evaluations since the held-out loss last improved.
         skipped_steps: steps that fp16 loss scaling left out.
     """
 
     step: int = 0
-    best_loss: float = math.inf
+    best_loss: float | None = None
     evaluations_without_gain: int = 0
     skipped_steps: int = 0
 
     def note_evaluation(self, loss: float, min_delta: float) -> bool:
         """Takes in a held-out loss; returns whether it is the lowest so far."""
-        improved = loss < self.best_loss - min_delta
-        self.evaluations_without_gain = 0 if improved else self.evaluations_without_gain + 1
-        is_best = loss < self.best_loss
-        self.best_loss = min(loss, self.best_loss)
-        return is_best
+        best = math.inf if self.best_loss is None else self.best_loss
+        self.evaluations_without_gain = 0 if loss < best - min_delta else self.evaluations_without_gain + 1
+        self.best_loss = min(loss, best)
+        return loss < best
 
 
 class Trainer:
