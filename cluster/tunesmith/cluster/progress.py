@@ -135,7 +135,7 @@ class StepState:
         if self.eval_loss is not None:
             parts.append(f"held-out {self.eval_loss:.4f}")
         if line:
-            parts.append(f"epoch {line['epoch']:.2f}")
+            parts.append(f"epoch {line['epoch'] + 1}")  # counted from 0 in the file
             parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
         if (eta := self.eta()) is not None:
             parts.append(f"{duration(eta)} left")

@@ -13,7 +13,7 @@ from tunesmith.cluster.progress import Display, StepState, duration
 def line(step: int, **more: object) -> dict[str, object]:
     return {
         "step": step,
-        "epoch": step / 10,
+        "epoch": step // 4,
         "loss": 2.0,
         "learning_rate": 1e-4,
         "tokens_per_second": 1234.5,
@@ -39,7 +39,7 @@ def test_a_line_says_all_that_matters():
     state.take(line(5, eval_loss=2.5))
     assert state.headline() == "step 5/10"
     assert state.facts() == (
-        "loss 2.0000 · held-out 2.5000 · epoch 0.50 · 1,234 tokens/s · 10s left · 1.5 GiB · 3 rows skipped · saved at 4"
+        "loss 2.0000 · held-out 2.5000 · epoch 2 · 1,234 tokens/s · 10s left · 1.5 GiB · 3 rows skipped · saved at 4"
     )
 
 
