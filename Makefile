@@ -42,8 +42,10 @@ check: $(DEVELOPMENT) ## lint, format, types, layout
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
-bench: $(DEVELOPMENT) ## the benchmarks, one after the other; JSON on stdout
-	@for file in benchmarks/bench_*.py; do echo "$$file" >&2; $(BIN)/python "$$file" || exit 1; done
+bench: $(DEVELOPMENT) ## the benchmarks, one after the other (a quarter of an hour), and their table in README.md
+	@for name in sft_throughput label_head startup checkpoint_stall; do \
+		echo "$$name" >&2; $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/table.py
 
 lock: ## makes requirements/*.lock anew (needs uv)
 	requirements/lock.sh
