@@ -48,8 +48,9 @@ check: $(DEVELOPMENT) ## lint, format, types, layout
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
-bench: $(DEVELOPMENT) ## the benchmarks, one after the other; JSON on stdout
-	@for name in $(BENCHMARKS); do echo "benchmarks/$$name.py" >&2; $(BIN)/python benchmarks/$$name.py || exit 1; done
+bench: $(DEVELOPMENT) ## the benchmarks, one after the other (a quarter of an hour), and their table in README.md
+	@for name in $(BENCHMARKS); do echo "$$name" >&2; $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/table.py
 
 lock: ## makes requirements/*.lock anew (needs uv)
 	requirements/lock.sh

@@ -57,7 +57,7 @@ def spread(figures: list[float]) -> Spread:
 
 
 def comparison(
-    what: str, against: str, unit: str, ours: list[float], peer: list[float], *, bigger_is_better: bool, aim: str | None
+    what: str, against: str, unit: str, ours: list[float], peer: list[float], *, ratio: str, aim: str | None
 ) -> dict[str, Any]:
     """One line of the table.
 
@@ -66,11 +66,11 @@ def comparison(
         against: the peer.
         unit: of both figures.
         ours: our figures, by round; `peer`: the peer's, by round.
-        bigger_is_better: the ratio is ours / peer; otherwise, for times and sizes, peer / ours.
+        ratio: `ours/peer`, or `peer/ours` where less is better.
         aim: what the ratio should reach, in words.
     """
     pairs = zip(ours, peer, strict=True)
-    ratios = [mine / theirs if bigger_is_better else theirs / mine for mine, theirs in pairs]
+    ratios = [mine / theirs if ratio == "ours/peer" else theirs / mine for mine, theirs in pairs]
     return {
         "what": what, "against": against, "unit": unit, "rounds": len(ours), "aim": aim,
         "ours": spread(ours), "peer": spread(peer), "ratio": spread(ratios),

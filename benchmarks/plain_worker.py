@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
-os.environ["DS_ACCELERATOR"] = "cpu"
+import workload
+import yaml
 
-import torch.distributed as dist
+workload.quiet()
 
-from tunesmith.cluster.recipe.load import load_recipe
-from tunesmith.cluster.runs import RunFolder
-from tunesmith.trainers.loop import TrainJob, train
-from tunesmith.trainers.models import resolve_base
+import torch.distributed as dist  # noqa: E402
 
-READ_HERE = ["name", "model.base", "model.revision", "output.dir", "cluster.address", "cluster.workers"]
+from tunesmith.cluster.runs import RunFolder  # noqa: E402
+from tunesmith.trainers.loop import train  # noqa: E402
 
 
 def main() -> None:
-    recipe = load_recipe(Path(sys.argv[1]), [])
+    written = yaml.safe_load(Path(sys.argv[1]).read_text())
     dist.init_process_group("gloo")
-    output = Path(recipe.output.dir)
-    run = RunFolder(output / recipe.name)
+    run = RunFolder(Path(written["output"]["dir"]) / written["name"])
     if dist.get_rank() == 0:
         run.create()
         run.begin_attempt()
     dist.barrier()
-    base = resolve_base(recipe.model.base, recipe.model.revision, output)
-    written = recipe.model_dump(mode="json", exclude_unset=True)
-    train(
-        TrainJob(written, READ_HERE, run.root, output / ".cache" / "data", base, run.current_attempt()), lambda _: None
-    )
+    train(workload.job(written, run.root), lambda _record: None)
     dist.destroy_process_group()
 
 

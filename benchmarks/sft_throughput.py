@@ -274,7 +274,7 @@ def run(folder: Path, rounds: int, steps: int, max_length: int, rows: int) -> No
          "largest gap to the 4-D mask over all steps": gap},
         [
             comparison("tokens a second, padding not counted", name, "tokens/s", figures["ours"], figures[name],
-                       bigger_is_better=True, aim=aims.get(name))
+                       ratio="ours/peer", aim=aims.get(name))
             for name in names if name != "ours"
         ],
     )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from tunesmith.trainers.loop import Trainer
+    from tunesmith.trainers.loop import Trainer, TrainJob
 
 VOCABULARY = 32_768
 PADDING, END = 0, 1
@@ -100,24 +100,36 @@ def alone(threads: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def trainer(folder: Path, written: dict[str, Any], kind: type[Trainer] | None = None) -> Trainer:
+def trainer(folder: Path, written: dict[str, Any]) -> Trainer:
     """The real loop's trainer on a recipe, set up. Collective."""
     import torch.distributed as dist
 
     from tunesmith.cluster.runs import RunFolder
-    from tunesmith.trainers.loop import Trainer, TrainJob
-    from tunesmith.trainers.models import resolve_base
+    from tunesmith.trainers.loop import Trainer
 
     run = RunFolder(folder / "runs" / written["name"])
     if dist.get_rank() == 0:
         run.create()
         run.begin_attempt()
     dist.barrier()
-    base = resolve_base(written["model"]["base"], None, folder / "runs")
-    job = TrainJob(written, READ_BY_DRIVER, run.root, folder / "runs" / ".cache", base, 1)
-    made = (kind or Trainer)(job, lambda _record: None)
+    made = Trainer(job(written, run.root), lambda _record: None)
     made.set_up()
     return made
+
+
+def job(written: dict[str, Any], run: Path) -> TrainJob:
+    """What Ray would hand a worker: the base found, the data prepared (by the first worker, while the others wait)."""
+    from tunesmith.cluster.recipe.schema import Recipe
+    from tunesmith.trainers.data.prepare import prepare
+    from tunesmith.trainers.loop import TrainJob
+    from tunesmith.trainers.models import resolve_base
+
+    whole = Recipe.model_validate(written)
+    base = resolve_base(whole.model.base, whole.model.revision, run.parent)
+    cache = run.parent / ".cache" / "data"
+    whole.forget_reads()
+    fingerprint = prepare(whole, base, cache).fingerprint
+    return TrainJob(written, [*READ_BY_DRIVER, *whole.read_keys()], run, cache, fingerprint, base, 1)
 
 
 def write_text_rows(path: Path, count: int, seed: int = 0) -> None:
