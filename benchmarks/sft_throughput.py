@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import workload
-
 from measure import assert_close, comparison, in_turn, save
 
 workload.quiet()
@@ -215,7 +214,11 @@ def run(folder: Path, rounds: int, steps: int, max_length: int, rows: int) -> No
     def example(index: int) -> dict[str, list[int]]:
         tokens, trained = store.example(index)
         labels = np.where(trained, tokens, IGNORED)
-        return {"input_ids": tokens.tolist(), "labels": labels.tolist(), "completion_mask": trained.astype(int).tolist()}
+        return {
+            "input_ids": tokens.tolist(),
+            "labels": labels.tolist(),
+            "completion_mask": trained.astype(int).tolist(),
+        }
 
     def only(index: int, *keys: str) -> dict[str, list[int]]:
         return {key: value for key, value in example(index).items() if key in keys}

@@ -118,3 +118,32 @@ def trainer(folder: Path, written: dict[str, Any], kind: type[Trainer] | None = 
     made = (kind or Trainer)(job, lambda _record: None)
     made.set_up()
     return made
+
+
+def write_text_rows(path: Path, count: int, seed: int = 0) -> None:
+    """Prompts and completions of English words, for a tokenizer of text."""
+    rng = np.random.default_rng(seed)
+    words = [
+        "the",
+        "model",
+        "reads",
+        "a",
+        "row",
+        "and",
+        "learns",
+        "how",
+        "to",
+        "answer",
+        "it",
+        "when",
+        "asked",
+        "about",
+        "files",
+        "errors",
+        "and",
+        "settings",
+    ]
+    with path.open("w") as file:
+        for _ in range(count):
+            prompt, answer = (" ".join(rng.choice(words, int(size))) for size in rng.integers(5, 60, 2))
+            file.write(json.dumps({"prompt": prompt + "?", "completion": " " + answer + "."}) + "\n")

@@ -94,7 +94,9 @@ def build(stage: Stage) -> Any:
         "zero_optimization": {"stage": stage.zero, "stage3_param_persistence_threshold": 0},
     }
     if stage.precision == "bf16":
-        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        config |= {"bf16": {"enabled": True}}
+        if stage.zero > 0:  # DeepSpeed knows no fp32 accumulation of bf16 gradients under ZeRO-0
+            config |= {"data_types": {"grad_accum_dtype": "fp32"}}
     model = Model(stage.width, stage.frozen)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [

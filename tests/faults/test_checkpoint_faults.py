@@ -21,7 +21,7 @@ def _kill_at_every_step(stages: Stages, parent: Path, killed: int, **layout: int
         run = parent / str(k)
         ranks = stages.run(run, 3, save_at=[1, 2, 3], keep=1, kill_at=[killed, k], **layout)
         if "killed" not in ranks[killed]:
-            assert k > 20, "the save has more steps than that: nothing was killed"
+            assert k > (15 if killed == 0 else 3), "the save has more steps than that: nothing was killed"
             return
         committed = 2 if "step-00000002" in folders(run) else 1
         resumed = stages.run(run, 3, save_at=[1, 2, 3], keep=1, resume="newest", **layout)
@@ -38,9 +38,9 @@ def test_a_kill_at_any_step_of_the_writer_leaves_a_whole_checkpoint(stages: Stag
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("zero", [0, 2, 3])
-def test_so_does_a_kill_of_the_first_of_two_writers(stages: Stages, tmp_path: Path, zero: int) -> None:  # noqa: F811
-    _kill_at_every_step(stages, tmp_path, killed=0, world=2, zero=zero)
+@pytest.mark.parametrize(("zero", "killed"), [(0, 0), (2, 0), (2, 1), (3, 0), (3, 1)])
+def test_so_does_a_kill_of_either_of_two_writers(stages: Stages, tmp_path: Path, zero: int, killed: int) -> None:  # noqa: F811
+    _kill_at_every_step(stages, tmp_path, killed=killed, world=2, zero=zero)
 
 
 def _truncate(path: Path) -> None:
@@ -104,8 +104,9 @@ def test_a_full_disk_is_told_by_all_ranks_and_the_earlier_checkpoint_stays(
     small_disk: Path,
     zero: int,
 ) -> None:
+    """ZeRO-0: too large a file is not begun. ZeRO-3: each rank's file would fit alone, both do not."""
     run = small_disk / "bot"
-    ranks = stages.run(run, 2, zero=zero, width=280, save_at=[1, 2])
+    ranks = stages.run(run, 2, zero=zero, width=320, save_at=[1, 2])
     assert [rank["saved"] for rank in ranks] == [[1], [1]]
     assert ranks[0]["error"] == ranks[1]["error"]
     kind, message = ranks[0]["error"]

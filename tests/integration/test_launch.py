@@ -32,6 +32,9 @@ def loaded(recipe: dict[str, Any], folder: Path, *overrides: str) -> Recipe:
 def test_a_run_trains_answers_at_once_when_finished_and_refuses_to_be_another(
     recipe: dict[str, Any], tmp_path: Path, ray_session: RaySession
 ):
+    # keys that the driver alone reads, so that the workers must be told of them
+    recipe["cluster"] |= {"timeout_s": 600, "memory_gib_per_worker": 0.1, "gpus_per_worker": 0}
+    recipe["train"]["max_failures"] = 2
     events: list[Event] = []
     result = launch.run(loaded(recipe, tmp_path), on_event=events.append)
     assert result.steps == 4

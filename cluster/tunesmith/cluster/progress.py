@@ -6,8 +6,9 @@ import time
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
 from tunesmith.cluster.console import say
@@ -23,6 +24,7 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._state = StepState()
+        self._live: Live | None = None
         self._bar: Progress | None = None
         self._task: Any = None
         self._said_at = 0.0
@@ -56,19 +58,19 @@ class Display:
         say(self.console, f"run {training.run}{goes_on}{again}", "bold")
         if self.console.is_terminal:
             self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                _Facts(self._state),
-                console=self.console,
-                transient=False,
+                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=None), expand=True
             )
-            self._bar.start()
             self._task = self._bar.add_task("workers start", total=None)
+            self._live = Live(get_renderable=self._picture, console=self.console, refresh_per_second=8)
+            self._live.start()
+
+    def _picture(self) -> Group:
+        assert self._bar is not None, "a bar is shown from _begin to _end"
+        return Group(self._bar, Text(self._state.facts(), style="cyan", no_wrap=False, overflow="fold"))
 
     def _show(self) -> None:
         state = self._state
-        if self._bar is not None:
+        if self._live is not None and self._bar is not None:
             self._bar.update(
                 self._task, description=state.headline(), completed=state.step, total=state.total_steps or None
             )
@@ -80,9 +82,9 @@ class Display:
             say(self.console, f"{state.headline()} · {state.facts()}")
 
     def _end(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
 class StepState:
@@ -144,15 +146,6 @@ class StepState:
         if line.get("checkpoint"):
             parts.append(f"saved at {line['checkpoint']}")
         return " · ".join(parts)
-
-
-class _Facts(ProgressColumn):
-    def __init__(self, state: StepState) -> None:
-        super().__init__()
-        self._state = state
-
-    def render(self, task: Task) -> Text:
-        return Text(self._state.facts(), style="cyan")
 
 
 def duration(seconds: float) -> str:

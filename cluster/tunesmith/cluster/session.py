@@ -10,6 +10,7 @@ import shutil
 import socket
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -98,7 +99,9 @@ class RaySession:
             where = f"no Ray cluster could be joined at {self.address}" if self.address else "Ray did not start here"
             raise ResourceError(
                 f"{where}: {self._failure}",
-                "Check the address and, if it asks for one, RAY_AUTH_TOKEN." if self.address else "",
+                "Check the address, and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token."
+                if self.address
+                else "",
             ) from self._failure
         import ray
 
@@ -164,23 +167,34 @@ class RaySession:
         driver.print_to_stdstream = _drop_ray_output
         if self.address is not None:
             require_answer(self.address)
+            from ray._private.authentication import authentication_token_setup as tokens
+
+            logging.getLogger("ray").setLevel(logging.ERROR)
+            # Ray itself sends a token it has to an automatically found cluster only.
+            tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         if self.address is not None:
             ray.init(address=self.address, **quiet)
             return True
         machine = this_machine()
         self._folder = _short_temporary_folder()
-        ray.init(
-            address="local",
-            num_cpus=int(machine.cpus),
-            num_gpus=int(machine.gpus),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            _memory=int(machine.memory_gib * GIB),
-            _temp_dir=str(self._folder),
-            **quiet,
-        )
+        wanted: dict[str, Any] = {
+            "num_cpus": int(machine.cpus),
+            "num_gpus": int(machine.gpus),
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+            "_memory": int(machine.memory_gib * GIB),
+            "_temp_dir": str(self._folder),
+        }
+        with _bare_node():
+            try:
+                ray.init(address="local", **wanted, **quiet)
+            except Exception as failure:
+                # Ray gives its node 30 s, which a busy machine may need for the first import of Ray alone.
+                if "timed out during startup" not in str(failure):
+                    raise
+                ray.init(address="local", **wanted, **quiet)
         return True
 
     def _set_environment(self) -> None:
@@ -195,7 +209,7 @@ class RaySession:
             if name not in os.environ:
                 self._saved_environment[name] = None
                 os.environ[name] = value
-        if self.local and "RAY_AUTH_MODE" not in os.environ:
+        if "RAY_AUTH_MODE" not in os.environ:
             self._saved_environment["RAY_AUTH_MODE"] = None  # Ray sets it
 
     def _restore_environment(self) -> None:
@@ -203,6 +217,29 @@ class RaySession:
             if value is None:
                 os.environ.pop(name, None)
         self._saved_environment.clear()
+
+
+@contextlib.contextmanager
+def _bare_node() -> Iterator[None]:
+    """Ray starts without the services that one machine has no use for, which halves the CPU time that it takes.
+
+    They are the autoscaler's monitor, the log monitor (nothing is sent to the driver) and the dashboard's server, which
+    Ray starts even when the dashboard is off.
+    """
+    from ray._private.node import Node
+
+    def leave_out(*_: object, **__: object) -> None:
+        pass
+
+    services = ("start_monitor", "start_log_monitor", "start_api_server")
+    saved = {name: getattr(Node, name) for name in services}
+    for name in services:
+        setattr(Node, name, leave_out)
+    try:
+        yield
+    finally:
+        for name, method in saved.items():
+            setattr(Node, name, method)
 
 
 def require_answer(address: str) -> None:

@@ -6,6 +6,7 @@ the forest from the keyword arguments of the model's forward. Shape suffixes: H 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -105,20 +106,26 @@ def per_segment(
         )  # fmt: skip
     key, value = _repeat_groups(query, key), _repeat_groups(query, value)
     dropout = dropout if module.training else 0.0
-    starts, outputs = forest.starts, []
-    for segment, (start, length) in enumerate(zip(starts, forest.lengths, strict=True)):
-        spans = [(starts[s], forest.lengths[s]) for s in (*forest.ancestors(segment), segment)]
-        seen_key, seen_value = _gather(key, spans), _gather(value, spans)
+    # Split, not narrowed: the gradient of a narrow is as large as the row, and there would be one a segment.
+    queries, keys, values = (x.split(forest.lengths, dim=2) for x in (query, key, value))
+    outputs = []
+    for segment, length in enumerate(forest.lengths):
+        line = (*forest.ancestors(segment), segment)
+        seen_key, seen_value = _join(keys, line), _join(values, line)
         seen = seen_key.shape[2]
-        needs_mask = len(spans) > 1 or (sliding_window is not None and seen > sliding_window)
+        needs_mask = len(line) > 1 or (sliding_window is not None and seen > sliding_window)
         mask = _causal_tail(length, seen, sliding_window, query.device) if needs_mask else None
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query.narrow(2, start, length), seen_key, seen_value, attn_mask=mask, dropout_p=dropout,
-                is_causal=mask is None, scale=scaling,
-            )
-        )  # fmt: skip
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+        output = F.scaled_dot_product_attention(
+            queries[segment],
+            seen_key,
+            seen_value,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scaling,
+        )
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
 
 
 def varlen(
@@ -160,9 +167,8 @@ def _repeat_groups(query: Tensor, shared: Tensor) -> Tensor:
     return shared if groups == 1 else shared.repeat_interleave(groups, dim=1)
 
 
-def _gather(x: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-    pieces = [x.narrow(2, start, length) for start, length in spans]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+def _join(pieces: Sequence[Tensor], line: tuple[int, ...]) -> Tensor:
+    return pieces[line[0]] if len(line) == 1 else torch.cat([pieces[segment] for segment in line], dim=2)
 
 
 def _causal_tail(queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor:

@@ -44,7 +44,7 @@ def fit(
 
     What the workers themselves had to say is in the attempt's outcome file.
     """
-    folder, need = inputs.folder, inputs.need
+    folder, need, timeout_s = inputs.folder, inputs.need, recipe.cluster.timeout_s
     scratch = folder.root / ".ray"
     trainer = (LocalTrainer if inputs.local else ClusterTrainer)(
         train_worker,
@@ -58,7 +58,7 @@ def fit(
             "data": inputs.prepared.fingerprint,
             "allow_change": allow_change,
             "backend": "nccl" if need.gpus else "gloo",
-            "timeout_s": recipe.cluster.timeout_s,
+            "timeout_s": timeout_s,
         },
         backend_config=Rendezvous(),
         scaling_config=ScalingConfig(

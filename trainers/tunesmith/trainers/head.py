@@ -71,8 +71,9 @@ def label_logps(
         transform: the model's f.
 
     Returns:
-        float32 [L]. Peak memory is a chunk of logits, not L x V. With a frozen output layer the forward also prepares
-        the gradient of the hidden states, which spares the backward pass a matrix product.
+        float32 [L]. Peak memory is a chunk of logits, not L x V. The backward pass makes the logits again, but for the
+        last chunk, which is kept. With a frozen output layer the forward prepares the gradient of the hidden states
+        instead, and nothing is made twice.
     """
     logps: Tensor = _LabelLogps.apply(hidden_LD, weight_VD, bias_V, target_L, transform, torch.is_grad_enabled())  # pyright: ignore[reportAssignmentType]
     return logps
@@ -91,16 +92,21 @@ class _LabelLogps(torch.autograd.Function):
     ) -> Tensor:
         head_is_frozen = not (weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad))
         ctx.slopes_ready = is_training and head_is_frozen and hidden_LD.requires_grad
+        ctx.kept = None
         logps, normalizers, slopes = [], [], []
-        for hidden_CD, target_C in _chunks(hidden_LD, target_L, len(weight_VD)):
+        chunks = _chunks(hidden_LD, target_L, len(weight_VD))
+        for number, (hidden_CD, target_C) in enumerate(chunks, start=1):
             logits_CV = _logits(hidden_CD, weight_VD, bias_V, transform)
-            normalizer_C = logits_CV.logsumexp(1)
-            logps.append(logits_CV.gather(1, target_C[:, None])[:, 0] - normalizer_C)
+            derivative = transform.derivative(logits_CV)
+            label_logit_C = logits_CV.gather(1, target_C[:, None])[:, 0]
+            exp_CV, total_C, normalizer_C = _exponentials(logits_CV)
+            logps.append(label_logit_C - normalizer_C)
             normalizers.append(normalizer_C)
             if ctx.slopes_ready:
-                slopes.append(
-                    _dlogits(logits_CV, normalizer_C, target_C, None, transform).to(weight_VD.dtype) @ weight_VD
-                )
+                ones_C = torch.ones_like(total_C)
+                slopes.append(_dlogits(exp_CV, total_C, target_C, ones_C, derivative).to(weight_VD.dtype) @ weight_VD)
+            elif is_training and number == len(chunks):
+                ctx.kept = exp_CV, total_C, derivative
         slope_LD = torch.cat(slopes) if slopes else None
         ctx.save_for_backward(hidden_LD, weight_VD, bias_V, target_L, torch.cat(normalizers), slope_LD)
         ctx.transform = transform
@@ -115,13 +121,17 @@ class _LabelLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_LD)
         grad_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
-        at = 0
-        for hidden_CD, target_C in _chunks(hidden_LD, target_L, len(weight_VD)):
-            rows = slice(at, at := at + len(target_C))
-            logits_CV = _logits(hidden_CD, weight_VD, bias_V, ctx.transform)
-            dlogits_CV = _dlogits(logits_CV, normalizer_L[rows], target_C, grad_L[rows], ctx.transform).to(
-                weight_VD.dtype
-            )
+        end = len(target_L)
+        for hidden_CD, target_C in reversed(_chunks(hidden_LD, target_L, len(weight_VD))):
+            rows, end = slice(end - len(target_C), end), end - len(target_C)
+            kept, ctx.kept = ctx.kept, None  # the last chunk, the first time
+            if kept is None:
+                logits_CV = _logits(hidden_CD, weight_VD, bias_V, ctx.transform)
+                derivative = ctx.transform.derivative(logits_CV)
+                softmax_CV = logits_CV.sub_(normalizer_L[rows, None]).exp_()
+                kept = softmax_CV, torch.ones_like(normalizer_L[rows]), derivative
+            exp_CV, total_C, derivative = kept
+            dlogits_CV = _dlogits(exp_CV, total_C, target_C, grad_L[rows], derivative).to(weight_VD.dtype)
             grad_hidden[rows] = dlogits_CV @ weight_VD
             if grad_weight is not None:
                 grad_weight.addmm_(dlogits_CV.T, hidden_CD)
@@ -131,7 +141,10 @@ class _LabelLogps(torch.autograd.Function):
 
 
 def _chunks(hidden_LD: Tensor, target_L: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
-    size = max(1, CHUNK_BYTES // (4 * vocabulary))
+    """As few chunks as the bytes allow, of equal size: the last one is kept for the backward pass, and spares most so."""
+    most = max(1, CHUNK_BYTES // (4 * vocabulary))
+    count = max(1, -(-len(target_L) // most))
+    size = max(1, -(-len(target_L) // count))
     return list(zip(hidden_LD.split(size), target_L.split(size), strict=True))
 
 
@@ -139,16 +152,19 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, transfo
     return transform.apply(F.linear(hidden_CD, weight_VD, bias_V).float())
 
 
-def _dlogits(
-    logits_CV: Tensor, normalizer_C: Tensor, target_C: Tensor, grad_C: Tensor | None, transform: LogitTransform
-) -> Tensor:
+def _exponentials(logits_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`exp(logits - their maximum)` [C, V] in the logits' own memory, its sum [C], and log-sum-exp of the logits [C]."""
+    top_C1 = logits_CV.amax(1, keepdim=True)
+    exp_CV = logits_CV.sub_(top_C1).exp_()
+    total_C = exp_CV.sum(1)
+    return exp_CV, total_C, total_C.log() + top_C1[:, 0]
+
+
+def _dlogits(exp_CV: Tensor, total_C: Tensor, target_C: Tensor, grad_C: Tensor, derivative: Tensor | float) -> Tensor:
     """Derivative of the label's log-probability by the untransformed logits, `(onehot - softmax) * f'`, times `grad_C`.
 
-    Overwrites `logits_CV` where it can.
+    The softmax is `exp_CV / total_C`, which is overwritten.
     """
-    slope = transform.derivative(logits_CV)
-    dlogits_CV = logits_CV.sub_(normalizer_C[:, None]).exp_().neg_()
-    dlogits_CV[torch.arange(len(target_C), device=target_C.device), target_C] += 1.0
-    if grad_C is not None:
-        dlogits_CV.mul_(grad_C[:, None])
-    return dlogits_CV if isinstance(slope, float) and slope == 1.0 else dlogits_CV.mul_(slope)
+    dlogits_CV = exp_CV.mul_((-grad_C / total_C)[:, None])
+    dlogits_CV[torch.arange(len(target_C), device=target_C.device), target_C] += grad_C
+    return dlogits_CV if isinstance(derivative, float) and derivative == 1.0 else dlogits_CV.mul_(derivative)

@@ -92,6 +92,7 @@ def run(recipe: Recipe, allow_change: bool = False, on_event: Listener = ignore)
             if finished is not None:
                 return finished
             _record(inputs)
+            stack.callback(draw, folder)  # however it ends; between attempts it would only keep the workers waiting
             return _attempts(recipe, inputs, session, signals, allow_change, on_event)
         except UsageError:
             folder.discard_if_unused()
@@ -215,18 +216,16 @@ def _attempts(
     allow_change: bool,
     on_event: Listener,
 ) -> Result:
-    from tunesmith.trainers.fit import fit  # speaks to Ray
+    folder, lost, max_failures = inputs.folder, [], recipe.train.max_failures  # read now: workers refuse unread keys
+    require_resources(inputs.need, session.nodes())
+    from tunesmith.trainers.fit import fit  # only now: Ray's modules import each other, which two threads cannot do
 
-    folder, lost = inputs.folder, []
-    nodes = session.nodes()
-    require_resources(inputs.need, nodes)
     signals.stop_with(folder.request_stop)
     while True:
         attempt, from_step = folder.begin_attempt(), newest_step(folder)
         on_event(Training(recipe.name, attempt, from_step, recipe.train.max_steps))
         ending = fit(recipe, inputs, attempt, allow_change, signals, on_event)
         on_event(Ended())
-        draw(folder)
         outcome = read_outcome(folder.outcome(attempt))
         if outcome is not None and outcome.kind == "done":
             return _result(folder, outcome.result)
@@ -237,7 +236,7 @@ def _attempts(
                 f"workers were lost before they had saved; the newest checkpoint is step {newest_step(folder)}"
             )
         lost.append(LostAttempt(attempt, ending.died or ending.raised, from_step, newest_step(folder)))
-        decision = decide(lost, recipe.train.max_failures)
+        decision = decide(lost, max_failures)
         if isinstance(decision, GiveUp):
             raise WorkerError(decision.what, decision.fix)
         on_event(Warned(decision.warning))

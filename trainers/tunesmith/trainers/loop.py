@@ -91,23 +91,22 @@ class Progress:
 
     Attributes:
         step: optimizer steps done.
-        best_loss: lowest held-out loss so far.
+        best_loss: lowest held-out loss so far; None before the first.
         evaluations_without_gain: evaluations since the held-out loss last improved.
         skipped_steps: steps that fp16 loss scaling left out.
     """
 
     step: int = 0
-    best_loss: float = math.inf
+    best_loss: float | None = None
     evaluations_without_gain: int = 0
     skipped_steps: int = 0
 
     def note_evaluation(self, loss: float, min_delta: float) -> bool:
         """Takes in a held-out loss; returns whether it is the lowest so far."""
-        improved = loss < self.best_loss - min_delta
-        self.evaluations_without_gain = 0 if improved else self.evaluations_without_gain + 1
-        is_best = loss < self.best_loss
-        self.best_loss = min(loss, self.best_loss)
-        return is_best
+        best = math.inf if self.best_loss is None else self.best_loss
+        self.evaluations_without_gain = 0 if loss < best - min_delta else self.evaluations_without_gain + 1
+        self.best_loss = min(loss, best)
+        return loss < best
 
 
 class Trainer:
@@ -139,9 +138,11 @@ class Trainer:
         self.objective = OBJECTIVES[recipe.objective.kind]
         self.held_out = _held_out(recipe, self.data)
         self.eval_steps = train.eval_steps if self.held_out else None
-        self.early_stopping = train.early_stopping if self.held_out else None
+        stopping = train.early_stopping if self.held_out else None
+        self.patience = stopping.patience if stopping else None
+        self.min_delta, self.watched = (stopping.min_delta, stopping.metric) if stopping else (0.0, "eval_loss")
         use_best = train.load_best_model_at_end if self.held_out else False
-        self.use_best = self.early_stopping is not None if use_best is None else use_best
+        self.use_best = stopping is not None if use_best is None else use_best
         torch.manual_seed(train.seed)
         self.engine: Any = build_engine(recipe, self.job.base, self.device)
         self.watch = None if self.engine.fp16_enabled() else GradientWatch(self.engine.module)
@@ -317,14 +318,11 @@ class Trainer:
         if not (at_interval or step == self.total_steps):
             return False
         record["eval_loss"] = self.held_out.loss(self.engine, self.device)
-        min_delta = self.early_stopping.min_delta if self.early_stopping else 0.0
-        return self.progress.note_evaluation(record["eval_loss"], min_delta)
+        return self.progress.note_evaluation(record[self.watched], self.min_delta)
 
     def is_out_of_patience(self) -> bool:
         """Whether the held-out loss has not improved for too long."""
-        return (
-            self.early_stopping is not None and self.progress.evaluations_without_gain >= self.early_stopping.patience
-        )
+        return self.patience is not None and self.progress.evaluations_without_gain >= self.patience
 
     def save(self, eval_loss: float | None) -> None:
         """Commits a checkpoint of this step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from tunesmith.cluster.errors import RecipeError
 from tunesmith.cluster.recipe.schema import Cluster, Recipe
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -17,7 +18,13 @@ def stage(cluster: Cluster) -> int:
 
 
 def precision(recipe: Recipe, on_gpu: bool) -> Precision:
-    """The number format: what the recipe says, or for `auto` bf16 on GPUs and fp32 on CPUs."""
+    """The number format: what the recipe says, or for `auto` bf16 on GPUs and fp32 on CPUs.
+
+    Raises:
+        RecipeError: fp16 was asked for on a CPU, where DeepSpeed has no loss scaling.
+    """
+    if recipe.train.precision == "fp16" and not on_gpu:
+        raise RecipeError("train.precision: fp16 needs GPUs, and this run is on CPUs", "Use auto, bf16 or fp32.")
     if recipe.train.precision == "auto":
         return "bf16" if on_gpu else "fp32"
     return recipe.train.precision
