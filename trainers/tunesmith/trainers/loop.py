@@ -318,6 +318,11 @@ class Trainer:
         if not (at_interval or step == self.total_steps):
             return False
         record["eval_loss"] = self.held_out.loss(self.engine, self.device)
+        if not math.isfinite(record["eval_loss"]):
+            raise NonFiniteError(
+                f"step {step}: the held-out loss is {record['eval_loss']}; training itself was finite",
+                "Look at the rows of the validation split; the checkpoints before this step are whole.",
+            )
         return self.progress.note_evaluation(record[self.watched], self.min_delta)
 
     def is_out_of_patience(self) -> bool:
