@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tunesmith.cluster.artifacts import ParityReceipt
-from tunesmith.cluster.errors import ReceiptError, StorageError, TunesmithError
+from tunesmith.cluster.errors import ReceiptError
 from tunesmith.cluster.recipe.load import recipe_hash
 from tunesmith.cluster.recipe.schema import Lora, Recipe
 from tunesmith.cluster.runs import RunFolder
@@ -23,6 +23,7 @@ from tunesmith.trainers import card
 from tunesmith.trainers.base import BaseRef
 from tunesmith.trainers.data.prepare import Prepared
 from tunesmith.trainers.models import load_tokenizer
+from tunesmith.trainers.ranks import on_first
 from tunesmith.trainers.receipts import parity
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -66,7 +67,7 @@ def write_artifact(
             (folder / "README.md").write_text(card.card(recipe, base, run, data, receipt, split), encoding="utf-8")
         return receipt
 
-    receipt = _on_rank_zero(write)
+    receipt = on_first(write)
     if not receipt.passed:
         raise ReceiptError(
             f"the parity receipt failed: {'; '.join(receipt.problems)}",
@@ -152,27 +153,6 @@ def _whole(parameter: nn.Parameter) -> Any:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _on_rank_zero(act: Callable[[], ParityReceipt]) -> ParityReceipt:
-    """Acts on rank 0 while the others wait; its result, or its error, is everybody's."""
-    outcome: list[ParityReceipt | TunesmithError | None] = [None]
-    if _rank() == 0:
-        try:
-            outcome[0] = act()
-        except TunesmithError as error:
-            outcome[0] = error
-        except Exception as error:
-            if dist.is_initialized():  # the others must not wait for one that has gone
-                dist.broadcast_object_list([StorageError(f"rank 0 could not write the artifact: {error}")])
-            raise
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome)
-    result = outcome[0]
-    if isinstance(result, TunesmithError):
-        raise result
-    assert result is not None
-    return result
 
 
 def _save_receipts(run: RunFolder, receipt: ParityReceipt, folder: Path) -> None:

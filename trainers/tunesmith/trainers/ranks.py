@@ -31,6 +31,7 @@ def on_first(function: Callable[[], T]) -> T:
         TunesmithError: whatever the function raised; an OSError comes as StorageError.
     """
     outcome: list[T | TunesmithError | None] = [None]
+    unexpected: Exception | None = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             outcome = [function()]
@@ -38,8 +39,13 @@ def on_first(function: Callable[[], T]) -> T:
             outcome = [error]
         except OSError as error:
             outcome = [StorageError(f"{error.filename or ''}: {error.strerror or error}")]
+        except Exception as error:  # noqa: BLE001 - raised below, once the others have been told not to wait
+            unexpected = error
+            outcome = [TunesmithError(f"rank 0 failed with {type(error).__name__}: {error}")]
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(outcome, src=0)
+    if unexpected is not None:
+        raise unexpected
     if isinstance(outcome[0], TunesmithError):
         raise outcome[0]
     return outcome[0]  # pyright: ignore[reportReturnType]
