@@ -128,16 +128,16 @@ def summary(folder: Path, stages: list[Stage], seconds: float) -> str:
             f"{stage.run:<18} {stage.loss_before:7.3f}  {stage.loss_after:7.3f} {stage.steps:7}   "
             f"{passed[stage.mask_passed]:<8} {passed[stage.parity_passed]}"
         )
-    last = stages[-1]
+    last = folder / "runs" / stages[-1].run
     command = "tunesmith" if shutil.which("tunesmith") else sys.argv[0]
     return "\n".join(
         [
             *lines,
             "",
             f"Done in {seconds:.0f} s. Where everything lies:",
-            f"  {last.artifact}   the adapter, with its tokenizer, receipts and model card",
-            f"  {last.artifact}/receipts/mask.html   which tokens were trained, in colour",
-            f"  {folder}/runs/{last.run}/loss.png   the course of the loss",
+            f"  {last}/artifact   the adapter, with its tokenizer, receipts and model card",
+            f"  {last}/artifact/receipts/mask.html   which tokens were trained, in colour",
+            f"  {last}/loss.png   the course of the loss",
             f"  {folder}/2-answers.yaml   the recipe",
             "What to type next:",
             f"  {command} train examples/support/lora.yaml   another recipe, with its data",
