@@ -171,7 +171,7 @@ def peak_mib(batch: Batch, is_frozen: bool, label_only: bool) -> float:
     held, peak = 0, 0
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyright: ignore
     for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         peak = max(peak, held)
     assert peak > 0, "the profiler has counted nothing"
     return peak / 2**20

@@ -8,6 +8,7 @@ do, so every loss of its steps must follow ours.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,7 +31,8 @@ from transformers import (  # noqa: E402
     TrainerCallback,
     TrainingArguments,
 )
-from trl import SFTConfig, SFTTrainer  # noqa: E402
+from trl.trainer.sft_config import SFTConfig  # noqa: E402
+from trl.trainer.sft_trainer import SFTTrainer  # noqa: E402
 
 IGNORED = -100
 Examples = list[int]
@@ -71,6 +73,8 @@ class Ours:
         )  # fmt: skip
         self.trainer = workload.trainer(folder, written)
         self.trainer.engine.train()
+        for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):  # or Accelerate would put the peers into DDP
+            os.environ.pop(name, None)
         self.losses: list[float] = []
 
     def packs(self, first: int, steps: int) -> list[list[Examples]]:
@@ -106,6 +110,9 @@ class Peer:
 
     def time(self, trainer: Trainer) -> float:
         """Trains it to the end; seconds."""
+        assert trainer.accelerator.distributed_type == "NO", (
+            "the peer would pay for a process group that it does not need"
+        )
         clock = Clock()
         trainer.add_callback(clock)
         trainer.train()
@@ -138,9 +145,9 @@ class Masked(Peer):
         def collate(packs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
             return masked_batch([pack["examples"] for pack in packs], max_length)
 
-        trainer = _InOrder(
+        trainer = Trainer(
             self.model,
-            TrainingArguments(**self.settings(batch_size)),
+            TrainingArguments(**self.settings(batch_size), train_sampling_strategy="sequential"),
             collate,
             Dataset.from_list([{"examples": pack} for pack in rows]),
             optimizers=self.optimizers(),
@@ -161,11 +168,6 @@ class Trl(Peer):
                 optimizers=self.optimizers(),
             )
         )  # fmt: skip
-
-
-class _InOrder(Trainer):
-    def _get_train_sampler(self, *_: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)  # pyright: ignore[reportArgumentType]
 
 
 def masked_batch(packs: list[list[dict[str, list[int]]]], max_length: int) -> dict[str, torch.Tensor]:
@@ -223,8 +225,12 @@ def run(folder: Path, rounds: int, steps: int, max_length: int, rows: int) -> No
     def only(index: int, *keys: str) -> dict[str, list[int]]:
         return {key: value for key, value in example(index).items() if key in keys}
 
+    base, scratch = folder / "model", folder / "scratch"
     padded, masked, trl, trl_packed = (
-        kind(folder / "model", folder / "scratch") for kind in (Padded, Masked, Trl, Trl)
+        Padded(base, scratch),
+        Masked(base, scratch),
+        Trl(base, scratch),
+        Trl(base, scratch),
     )
 
     def train_all(first: int, count: int, batch_size: int | None) -> dict[str, Callable[[], float]]:
@@ -244,20 +250,20 @@ def run(folder: Path, rounds: int, steps: int, max_length: int, rows: int) -> No
             "TRL SFTTrainer, its packing": lambda: trl_packed.train(for_trl, max_length, rows, packing=True),
         }
 
-    for contestant in train_all(0, 1, None).values():  # warms up, too
-        contestant()
+    for train in train_all(0, 1, None).values():  # warms up, too
+        train()
     for what, peer in (("padded", padded), ("4-D mask", masked), ("TRL padded", trl), ("TRL packed", trl_packed)):
         assert_close(f"loss of the first step, {what}", ours.losses[0], peer.losses[0], 1e-4)
 
-    def contestant(what: str) -> Callable[[int], float]:
+    def contestant(name: str) -> Callable[[int], float]:
         def figure(number: int) -> float:
             first = 1 + number * steps
             tokens = sum(int(store.lengths[i]) for packs in ours.packs(first, steps) for pack in packs for i in pack)
-            return tokens / train_all(first, steps, per_step)[what]()
+            return tokens / train_all(first, steps, per_step)[name]()
 
         return figure
 
-    names = train_all(1, 1, per_step)
+    names = list(train_all(1, 1, per_step))
     figures = in_turn({name: contestant(name) for name in names}, rounds)
     gap = float(np.abs(np.array(ours.losses) - np.array(masked.losses)).max())
     assert_close("losses of all steps against the 4-D mask, largest gap", gap, 0.0, 2e-3)

@@ -93,7 +93,7 @@ def alone(threads: int) -> Iterator[None]:
 
     torch.set_num_threads(threads)
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     try:
         yield
     finally:
