@@ -49,8 +49,10 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=from_root)
-def test_every_recipe_shown_is_valid(page: Path, tmp_path: Path) -> None:
+def test_every_whole_recipe_shown_is_valid(page: Path, tmp_path: Path) -> None:
     for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)):
+        if not block.startswith("name:"):
+            continue  # a part of a recipe
         shown = tmp_path / f"{number}.yaml"
         shown.write_text(block, encoding="utf-8")
         load_recipe(shown)
@@ -74,3 +76,9 @@ def test_what_has_to_pass_is_the_test_command_of_the_readme_and_the_checks() -> 
     shown = re.findall(r"^make [a-z-]+", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert "make test" in shown
     assert {"make check", "make test"} <= set(ran)
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (REPOSITORY / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = [page.name for page in (REPOSITORY / "docs").glob("*.md") if page.name != "index.md"]
+    assert [name for name in pages if f"]({name})" not in index] == []
