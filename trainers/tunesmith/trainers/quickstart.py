@@ -18,6 +18,7 @@ from tunesmith.cluster.artifacts import MaskReceipt, ParityReceipt
 from tunesmith.cluster.events import Listener, Note, ignore
 from tunesmith.cluster.metrics import read_metrics
 from tunesmith.cluster.recipe.load import load_recipe
+from tunesmith.cluster.session import RaySession
 from tunesmith.trainers import documentation, launch
 
 QUESTIONS = 4000  # chats of one question and its answer
@@ -95,9 +96,11 @@ def run(folder: Path, on_event: Listener = ignore) -> dict[str, Any]:
     began = time.monotonic()
     on_event(Note(write_inputs(folder)))
     stages = []
-    for recipe in (folder / "1-documentation.yaml", folder / "2-answers.yaml"):
-        on_event(Note(f"\n$ tunesmith train {recipe}"))
-        stages.append(_train(recipe, on_event))
+    with RaySession() as session:
+        session.start()  # one Ray for both stages
+        for recipe in (folder / "1-documentation.yaml", folder / "2-answers.yaml"):
+            on_event(Note(f"\n$ tunesmith train {recipe}"))
+            stages.append(_train(recipe, on_event))
     seconds = time.monotonic() - began
     on_event(Note(summary(folder, stages, seconds)))
     return {"stages": [asdict(stage) for stage in stages], "seconds": seconds}
