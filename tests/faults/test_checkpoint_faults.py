@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from checkpoint_stages import Stages, after, folders, stages  # noqa: F401
 
 from tunesmith.cluster.artifacts import verify
+from tunesmith.cluster.runs import RunFolder
 
 
 def _kill_at_every_step(stages: Stages, parent: Path, killed: int, **layout: int) -> None:  # noqa: F811
@@ -72,6 +74,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
             r"step-00000001 is used instead",
             rank["warnings"][0],
         )
+    told = RunFolder(tmp_path).warnings(attempt=2).read_text()
+    assert [json.loads(line)["text"] for line in told.splitlines()] == resumed[0]["warnings"]
     assert folders(tmp_path) == ["quarantined-step-00000002", "step-00000001", "step-00000002"]
 
 

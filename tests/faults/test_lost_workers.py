@@ -110,6 +110,24 @@ def test_sigterm_saves_one_step_on_all_workers_and_the_next_command_goes_on_exac
     assert_the_same_run(run, unbroken)
 
 
+def test_a_damaged_checkpoint_is_named_to_the_user_and_the_run_is_the_unbroken_one(
+    bench: Bench, unbroken: Path, start: Callable[..., Command]
+):
+    run, recipe = bench.run("damaged"), bench.recipe("damaged")
+    command = start(recipe)
+    command.wait_for_step(run, 5)
+    os.kill(command.process.pid, signal.SIGTERM)
+    assert command.finish()[0] == 75
+    before, newest = sorted(path.name for path in (run / "checkpoints").glob("step-????????"))[-2:]
+    with next((run / "checkpoints" / newest).glob("*.pt")).open("r+b") as file:
+        file.write(b"damage")
+    code, _, said = start(recipe).finish()
+    assert code == 0, said
+    assert f"warning: checkpoint {newest} is damaged" in said
+    assert f"{before} is used instead" in said
+    assert_the_same_run(run, unbroken)
+
+
 def test_sigint_saves_too_and_exits_130(bench: Bench, start: Callable[..., Command]):
     run = bench.run("interrupted")
     command = start(bench.recipe("interrupted"))

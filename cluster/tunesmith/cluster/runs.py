@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tunesmith.cluster.errors import FencedError, OutputError, RunBusyError, StorageError
-from tunesmith.cluster.metrics import read_metrics
+from tunesmith.cluster.metrics import MetricsLog, read_metrics
 from tunesmith.cluster.storage import explained, is_temporary, write_atomic
 
 
@@ -103,6 +103,10 @@ class RunFolder:
         """How an attempt ended, written by its workers."""
         return self.root / f"outcome-{attempt}.json"
 
+    def warnings(self, attempt: int) -> Path:
+        """What the workers of an attempt warn of, one JSON line each; the command that started them repeats it."""
+        return self.root / "control" / f"warnings-{attempt}.jsonl"
+
     def create(self) -> None:
         """Makes the folder if it is not there.
 
@@ -188,6 +192,12 @@ class RunFolder:
     def clear_stop(self) -> None:
         """Takes the request back."""
         self.stop_file.unlink(missing_ok=True)
+
+    def warn(self, attempt: int, text: str) -> None:
+        """Tells whoever watches the run that something went wrong and that it goes on all the same."""
+        path = self.warnings(attempt)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        MetricsLog(path).append({"text": text})
 
     def has_checkpoint(self) -> bool:
         """Whether any committed checkpoint is there, whole or not."""

@@ -1,4 +1,4 @@
-"""Follows metrics.jsonl while workers write it."""
+"""Follows a file of JSON lines, such as metrics.jsonl, while workers write it."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ Nothing is kept of random generators: the loop derives them from the step's numb
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,7 +39,6 @@ from tunesmith.trainers.ranks import gather, on_first
 _NAME = re.compile(r"step-(\d{8,})")
 _LIBRARIES = ("tunesmith", "torch", "deepspeed", "transformers", "peft", "bitsandbytes")
 _HYPERPARAMETERS = ("betas", "eps", "weight_decay")
-_log = logging.getLogger(__name__)
 
 
 class _Written(NamedTuple):
@@ -68,7 +66,7 @@ class CheckpointStore:
         self.last_saved: int | None = None
         """Step of the newest checkpoint known to be whole; None before the first."""
         self.warnings: list[str] = []
-        """What was found damaged, as sentences; also logged by rank 0."""
+        """What was found damaged, as sentences; rank 0 also leaves them in the run's folder for the user."""
         self._checked: dict[Path, Manifest] = {}
 
     def save(self, engine: Any, step: int, about: Mapping[str, Any], metric: float | None = None) -> Path:
@@ -207,9 +205,9 @@ class CheckpointStore:
                 damaged.append(f"checkpoint {path.name} is damaged ({error.what}) and was set aside as {aside.name}")
         used = f"{found[0].name} is used instead" if found else "no whole checkpoint is left"
         for sentence in damaged:
-            self.warnings.append(f"{sentence}; {used}")
-            if self.rank == 0:
-                _log.warning(self.warnings[-1])
+            warning = f"{sentence}; {used}"
+            self.warnings.append(warning)
+            on_first(lambda warning=warning: self.run.warn(self.attempt, warning))
         return found
 
     def _check(self, path: Path) -> Manifest:

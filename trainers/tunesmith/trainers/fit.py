@@ -12,7 +12,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from tunesmith.cluster.events import Listener, Step
+from tunesmith.cluster.events import Listener, Step, Warned
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.tail import MetricsTail
@@ -40,7 +40,7 @@ class Ending:
 def fit(
     recipe: Recipe, inputs: Inputs, attempt: int, allow_change: bool, signals: StopSignals, on_event: Listener
 ) -> Ending:
-    """Runs the attempt to its end, telling `on_event` of each step.
+    """Runs the attempt to its end, telling `on_event` of each step and of what workers warn of.
 
     What the workers themselves had to say is in the attempt's outcome file.
     """
@@ -68,13 +68,15 @@ def fit(
             name=f"{folder.name}-{attempt}", storage_path=str(scratch), failure_config=FailureConfig(max_failures=0)
         ),
     )
-    tail = MetricsTail(folder.metrics)
+    steps, warnings = MetricsTail(folder.metrics), MetricsTail(folder.warnings(attempt))
     work = _Work(trainer)
     work.start()
     try:
         while work.is_alive():
             work.join(POLL_SECONDS)
-            for line in tail.lines():
+            for line in warnings.lines():
+                on_event(Warned(line["text"]))
+            for line in steps.lines():
                 on_event(Step(line))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
