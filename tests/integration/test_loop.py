@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_models import make
-from trainings import losses, recipe, train_here, write_rows, zero
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainings import losses, recipe, train_here, trainer_here, write_rows, zero
 from workers import run_workers
 
 from tunesmith.cluster.errors import RecipeError
@@ -71,6 +72,19 @@ def _write_a_key_without_use(folder: Path) -> None:
 def test_a_key_that_nothing_reads_stops_the_run_before_its_first_step(folder: Path) -> None:
     run_workers(1, _write_a_key_without_use, folder)
     assert not (folder / "runs" / "unread" / "metrics.jsonl").exists()
+
+
+def _stop_with_tensorboard(folder: Path) -> None:
+    trainer = trainer_here(folder, recipe(folder, "stopped", "llama", output={"report_to": ["tensorboard"]}))
+    trainer.run_folder.request_stop()
+    assert not trainer.run().finished
+    events = EventAccumulator(str(trainer.run_folder.tensorboard))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1]
+
+
+def test_a_run_that_is_stopped_leaves_no_step_out_of_tensorboard(folder: Path) -> None:
+    run_workers(1, _stop_with_tensorboard, folder)
 
 
 def _train_in_bf16(folder: Path) -> None:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from tunesmith.cluster.artifacts import MaskReceipt
 from tunesmith.cluster.errors import ChangedError, NonFiniteError
 from tunesmith.cluster.metrics import MetricsLog, read_metrics
 from tunesmith.cluster.recipe.load import recipe_hash, unread_error
@@ -38,7 +37,7 @@ from tunesmith.trainers.models import BaseRef, load_tokenizer
 from tunesmith.trainers.objectives import OBJECTIVES
 from tunesmith.trainers.packing import BatchPlan, Mixture, StepPlan
 from tunesmith.trainers.policy import score
-from tunesmith.trainers.ranks import on_first
+from tunesmith.trainers.ranks import gather, on_first
 from tunesmith.trainers.receipts.mask import write_mask_receipt
 from tunesmith.trainers.schedule import Schedule
 
@@ -93,13 +92,11 @@ class Progress:
         step: optimizer steps done.
         best_loss: lowest held-out loss so far; None before the first.
         evaluations_without_gain: evaluations since the held-out loss last improved.
-        skipped_steps: steps that fp16 loss scaling left out.
     """
 
     step: int = 0
     best_loss: float | None = None
     evaluations_without_gain: int = 0
-    skipped_steps: int = 0
 
     def note_evaluation(self, loss: float, min_delta: float) -> bool:
         """Takes in a held-out loss; returns whether it is the lowest so far."""
@@ -190,6 +187,7 @@ class Trainer:
             if is_best or is_last or must_stop or self.progress.step % self.save_steps == 0:
                 self.save(record.get("eval_loss"))
             if must_stop and not is_last:
+                self.close_logs()
                 return Outcome(finished=False, step=self.progress.step)
         if self.use_best and (best := self.checkpoints.best()) is not None:
             self.checkpoints.load(self.engine, best)
@@ -198,24 +196,28 @@ class Trainer:
     def open_books(self) -> None:
         """The mask receipt, and the metrics without the steps that are about to be repeated."""
         done, run = self.progress.step, self.run_folder
-        on_first(self.write_mask_receipt)
-        if self.rank == 0:
+
+        def open_on_first() -> None:
+            run.check_fence(self.job.attempt)
+            write_mask_receipt(run.receipts, self.data, self.plan.epoch_packs(0), load_tokenizer(self.job.base))
             self.metrics.truncate_after(done or -1)
             self.logs = open_logs(self.recipe, run, done + 1 if done else 0)
 
-    def write_mask_receipt(self) -> MaskReceipt:
-        """Shows which tokens of the packed rows are trained; fails when they are the wrong ones."""
-        tokenizer = load_tokenizer(self.job.base)
-        return write_mask_receipt(self.run_folder.receipts, self.data, self.plan.epoch_packs(0), tokenizer)
+        on_first(open_on_first)
 
     def finish(self) -> dict[str, float | None]:
         """Writes the artifact and its receipts; returns the run's closing figures."""
+        on_first(lambda: self.run_folder.check_fence(self.job.attempt))
         write_artifact(self.engine, self.recipe, self.job.base, self.run_folder, self.data, self.device)
-        for log in self.logs:
-            log.close()
+        self.close_logs()
         return closing_figures(
             read_metrics(self.run_folder.metrics), self.progress.best_loss if self.use_best else None
         )
+
+    def close_logs(self) -> None:
+        """Writes out what the logs still hold."""
+        for log in self.logs:
+            log.close()
 
     def step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its metrics and whether the run is asked to stop.
@@ -249,13 +251,13 @@ class Trainer:
             raise self.non_finite(index, broken)
         self.engine.step()
         self.progress.step += 1
-        self.progress.skipped_steps = self.engine.skipped_steps
         seconds = time.perf_counter() - began
         record = {
             "step": self.progress.step,
             "epoch": plan.epoch,
             "loss": totals[0].item(),
             **({"router_loss": totals[1].item()} if self.engine.module.has_router_loss else {}),
+            **({"skipped_steps": self.engine.skipped_steps} if self.engine.fp16_enabled() else {}),
             "learning_rate": rate,
             "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
             "tokens": tokens,
@@ -263,7 +265,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "memory_gib": memory_gib(self.device),
-            "skipped_rows": sum(source.bad + source.dropped for source in self.data.report.sources),
+            "skipped_rows": self.data.report.skipped_rows,
             "checkpoint": self.checkpoints.last_saved,
             "total_steps": self.total_steps,
         }
@@ -300,9 +302,7 @@ class Trainer:
 
     def non_finite(self, index: int, broken: list[int]) -> NonFiniteError:
         """The error that names the rows of every broken micro-batch, on all workers."""
-        found: list[list[int] | None] = [None] * self.world
-        dist.all_gather_object(found, broken)
-        rows = sorted({self.data.train.where(example) for part in found for example in part or []})
+        rows = sorted({self.data.train.where(example) for part in gather(broken) for example in part})
         shown = ", ".join(rows[:20]) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
         return NonFiniteError(
             f"step {index + 1}: a loss or gradient is NaN or infinite; no weight was changed. Rows in that batch: {shown}",
