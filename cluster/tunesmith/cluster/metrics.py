@@ -32,7 +32,9 @@ class MetricsLog:
                 self._cut_torn_line()
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                os.write(descriptor, payload)
+                left = memoryview(payload)
+                while left:  # a disk that is nearly full takes a part and says so only when asked for the rest
+                    left = left[os.write(descriptor, left) :]
             finally:
                 os.close(descriptor)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,13 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
     with pytest.raises(StorageError, match=r"metrics\.jsonl:2"):
         read_metrics(path)
+
+
+def test_a_line_that_is_taken_in_parts_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:5]))
+    MetricsLog(tmp_path / "metrics.jsonl").append({"step": 1, "loss": 2.5})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
 
 
 def test_a_full_disk_is_told_with_the_numbers() -> None:
