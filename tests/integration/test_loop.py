@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import make
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_models import make
 from trainings import losses, recipe, train_here, trainer_here, write_rows, zero
 from workers import run_workers
 

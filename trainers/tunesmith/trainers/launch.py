@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from tunesmith.cluster.artifacts import verify
-from tunesmith.cluster.errors import OutputError, RecipeError, UsageError, WorkerError
+from tunesmith.cluster.errors import OutputError, RecipeError, StorageError, UsageError, WorkerError
 from tunesmith.cluster.events import Ended, Listener, Note, Training, Warned, ignore
 from tunesmith.cluster.identity import Identity, changes, refuse_changes
 from tunesmith.cluster.metrics import read_metrics
@@ -92,7 +92,9 @@ def run(recipe: Recipe, allow_change: bool = False, on_event: Listener = ignore)
             if finished is not None:
                 return finished
             _record(inputs)
-            stack.callback(draw, folder)  # however it ends; between attempts it would only keep the workers waiting
+            stack.callback(
+                draw, folder, on_event
+            )  # however it ends; between attempts it would only keep the workers waiting
             return _attempts(recipe, inputs, session, signals, allow_change, on_event)
         except UsageError:
             folder.discard_if_unused()
@@ -242,13 +244,16 @@ def _attempts(
         on_event(Warned(decision.warning))
 
 
-def draw(folder: RunFolder) -> None:
-    """Draws loss.png from what was measured so far, if anything was."""
-    lines = read_metrics(folder.metrics)
-    if lines:
-        from tunesmith.trainers.plot import draw_losses
+def draw(folder: RunFolder, on_event: Listener = ignore) -> None:
+    """Draws loss.png from what was measured so far, if anything was; warns rather than hide how the run itself ended."""
+    try:
+        lines = read_metrics(folder.metrics)
+        if lines:
+            from tunesmith.trainers.plot import draw_losses
 
-        draw_losses(lines, folder.loss_picture, folder.name)
+            draw_losses(lines, folder.loss_picture, folder.name)
+    except StorageError as error:
+        on_event(Warned(f"{folder.loss_picture.name} was not drawn: {error.what}"))
 
 
 def _result(folder: RunFolder, outcome: dict[str, Any]) -> Result:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tunesmith.cluster.storage import write_atomic
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 TRAIN, HELD_OUT, RATE = "#2f6fde", "#e8590c", "#9aa5b1"
@@ -19,6 +21,9 @@ def draw_losses(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None
     Args:
         lines: of metrics.jsonl, in the order of the steps.
         path: the PNG; replaced at once, never half written.
+
+    Raises:
+        StorageError: it cannot be written.
     """
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
@@ -40,9 +45,9 @@ def draw_losses(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None
     lower.set_xlabel("optimizer step", color=MUTED, fontsize=9)
     lower.margins(x=0.01)
     figure.suptitle(title, x=0.012, ha="left", color=INK, fontsize=13, fontweight="bold")
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_atomic(path, picture.getvalue())
 
 
 def smooth(values_N: Sequence[float], span: float) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -54,7 +55,8 @@ def train_worker(settings: dict[str, Any]) -> None:
             )
     except BaseException as error:
         if isinstance(error, TunesmithError) or not is_lost_peer(error):
-            write_outcome(ending, AttemptOutcome.failed(rank, error))
+            with contextlib.suppress(OSError):  # on a full disk Ray still carries the error itself to the driver
+                write_outcome(ending, AttemptOutcome.failed(rank, error))
         raise
     if rank == 0:
         write_outcome(ending, AttemptOutcome.done(rank, {"step": outcome.step, "metrics": outcome.metrics}))
