@@ -195,6 +195,16 @@ def test_the_pieces_of_a_long_document_go_to_the_same_split(tmp_path, base):
     assert not set(prepared.validation.line) & set(prepared.train.line)
 
 
+def test_rows_dropped_for_their_length_are_not_listed_as_bad(tmp_path, base):
+    rows = [*chats(4), {"messages": [{"role": "user", "content": "no answer"}]}]
+    rows.insert(0, {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "long " * 200}]})
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match="1 of 6 rows cannot be used") as caught:
+        run(tmp_path, base, {"train": path, "template": "chatml", "long_rows": "drop", "max_length": 100})
+    assert "a.jsonl:6: no assistant turn" in str(caught.value)
+    assert "a.jsonl:1:" not in str(caught.value)
+
+
 def test_a_length_beyond_the_context_is_refused_if_asked_for_and_cut_if_not(tmp_path, base):
     path = write(tmp_path / "a.jsonl", chats(3))
     with pytest.raises(DataError, match="max_length: 600 is more than the 512 tokens that tiny can take"):

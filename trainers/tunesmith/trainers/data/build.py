@@ -65,6 +65,8 @@ class Builder:
         self.spool = Spool(folder / "spool")
         self.reports: list[SourceReport] = []
         self.unused: list[tuple[SourceReport, BadRow, Any]] = []
+        self.bad: list[BadRow] = []
+        """Those of the unused that count against the budget; the others were dropped by the rule for long rows."""
         self.digests: dict[str, list[bytes]] = {"train": [], "validation": []}
         self.roles: list[str] = []
         self.names: dict[str, int] = {}
@@ -120,11 +122,13 @@ class Builder:
             return self._set_aside(raw, f"a value that JSON has no form for: {error}", report)
 
     def _set_aside(self, raw: RawRow, reason: str, report: SourceReport, dropped: bool = False) -> None:
+        row = BadRow(file=raw.file, line=raw.line, reason=reason)
         if dropped:
             report.dropped += 1
         else:
             report.bad += 1
-        self.unused.append((report, BadRow(file=raw.file, line=raw.line, reason=reason), raw.row))
+            self.bad.append(row)
+        self.unused.append((report, row, raw.row))
 
     def _encode(self, used: list[_Used], report: SourceReport, index: int) -> None:
         if self.encoder.renderer is None and any(isinstance(item.example, Conversation) for item in used):
@@ -159,15 +163,14 @@ class Builder:
         report.trained_tokens += sum(count_labels(piece.trained) for piece in pieces)
 
     def _check_budget(self) -> None:
-        bad = [row for report, row, _ in self.unused if row]
         rows, used = sum(report.rows for report in self.reports), sum(report.used for report in self.reports)
-        count = sum(report.bad for report in self.reports)
+        count = len(self.bad)
         allowed = self.recipe.data.max_bad_rows
         limit = allowed if allowed >= 1 else int(allowed * rows)
         if count > limit:
             what = f"{count:,} of {rows:,} rows cannot be used, and data.max_bad_rows: {allowed:g} allows {limit:g}"
             raise DataError(
-                f"{what}\n{_listed(bad)}",
+                f"{what}\n{_listed(self.bad)}",
                 "Repair or remove them, or raise data.max_bad_rows: they are then set aside in quarantine.jsonl.",
             )
         empty = next((report for report in self.reports if not report.used), None)

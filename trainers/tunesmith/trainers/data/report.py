@@ -38,7 +38,7 @@ class SourceReport(BaseModel):
     """Rows that could not be used: they count against `data.max_bad_rows`."""
     truncated: int = 0
     dropped: int = 0
-    """Rows set aside by the rule for long rows, or because nothing in them can be trained on."""
+    """Rows set aside by the rule for long rows."""
     split: int = 0
     """Long rows that became several examples."""
     examples: int = 0
