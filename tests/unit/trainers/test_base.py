@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 
 from tunesmith.cluster.errors import ModelError
+from tunesmith.cluster.storage import manifest_digest
 from tunesmith.trainers import base as bases
 from tunesmith.trainers.base import resolve_base
 
@@ -65,8 +66,8 @@ def test_a_run_is_its_artifact_and_its_manifest_gives_the_hashes(copy: Path, tmp
     artifact = tmp_path / "runs" / "first" / "artifact"
     artifact.parent.mkdir(parents=True)
     copy.rename(artifact)
-    files = {"model.safetensors": {"size": 1, "sha256": "a" * 64}}
-    (artifact / "MANIFEST.json").write_text(json.dumps({"kind": "artifact", "files": files}))
+    document = {"kind": "artifact", "files": {"model.safetensors": {"size": 1, "sha256": "a" * 64}}}
+    (artifact / "MANIFEST.json").write_text(json.dumps({**document, "digest": manifest_digest(document)}))
     found = resolve_base("run:first", None, tmp_path / "runs")
     assert (found.path, found.reference) == (str(artifact), "run:first")
     assert found.digest == hashlib.sha256(("a" * 64).encode()).hexdigest()

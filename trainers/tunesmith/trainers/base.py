@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.cluster.errors import ModelError, StorageError
+from tunesmith.cluster.artifacts import read_manifest
+from tunesmith.cluster.errors import CheckpointError, ModelError, StorageError
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -231,11 +232,10 @@ def _read_header(path: Path) -> dict[str, list[int]]:
 
 
 def _manifest_hashes(folder: Path) -> dict[str, str]:
-    manifest = folder / "MANIFEST.json"
-    if not manifest.is_file():
+    try:
+        return {name: record.sha256 for name, record in read_manifest(folder).files.items()}
+    except CheckpointError:  # none, or not one of ours: the files themselves are hashed
         return {}
-    files = json.loads(manifest.read_text(encoding="utf-8")).get("files", {})
-    return {name: entry["sha256"] for name, entry in files.items()}
 
 
 def _hub_hash(path: Path) -> str | None:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tunesmith.cluster.errors import DataError
+from tunesmith.cluster.artifacts import read_manifest
+from tunesmith.cluster.errors import CheckpointError, DataError
 from tunesmith.cluster.recipe.schema import Recipe, Source
 from tunesmith.cluster.storage import commit_folder, remove_leftovers
 from tunesmith.trainers.data.report import DataReport
@@ -156,14 +157,14 @@ def _fingerprint(quiet: Recipe, base: BaseRef, files: dict[str, str]) -> str:
         "data": data | {"max_length": effective_max_length(quiet, base)[0]},
         "objective": quiet.objective.kind,
         "files": files,
-        "tokenizer": _hashes(base_files(Path(base.path))),
+        "tokenizer": _hashes(_tokenizer_files(Path(base.path))),
         "code": _hashes(sorted(Path(__file__).parent.glob("*.py"))),
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers")},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def base_files(folder: Path) -> list[Path]:
+def _tokenizer_files(folder: Path) -> list[Path]:
     """The files of a model folder that decide how text becomes tokens."""
     found = {file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
     return sorted(found)
@@ -179,12 +180,12 @@ def _meta(folder: Path) -> dict[str, Any]:
 
 def _is_whole(folder: Path) -> bool:
     """Whether the folder was committed and its files have the sizes they were committed with."""
-    manifest = folder / "MANIFEST.json"
-    if not manifest.is_file():
+    try:
+        files = read_manifest(folder).files
+    except CheckpointError:
         return False
-    files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
     paths = {name: folder / name for name in files}
-    return all(path.is_file() and path.stat().st_size == files[name]["size"] for name, path in paths.items())
+    return all(path.is_file() and path.stat().st_size == files[name].size for name, path in paths.items())
 
 
 @contextmanager
