@@ -23,7 +23,6 @@ from tunesmith.cluster.errors import DiskFullError, StorageError
 
 MANIFEST = "MANIFEST.json"
 _TEMPORARY = ".tmp-"
-_CHUNK = 4 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

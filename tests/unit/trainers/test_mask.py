@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_models
 
+from tunesmith.cluster.artifacts import MaskReceipt
 from tunesmith.cluster.errors import ReceiptError
 from tunesmith.trainers.data.report import DataReport
 from tunesmith.trainers.data.tokens import Piece, Spool, TokenStore
@@ -113,4 +114,4 @@ def test_the_page_marks_trained_text_and_escapes_it(tmp_path: Path) -> None:
     assert "&lt;b&gt;한국어&lt;/b&gt;" in page
     assert "<script" not in page
     assert "http" not in page
-    assert mask.read_mask_receipt(tmp_path / "receipts") == receipt
+    assert MaskReceipt.model_validate_json((tmp_path / "receipts" / "mask.json").read_bytes()) == receipt

@@ -54,18 +54,6 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(resolved(recipe), sort_keys=True).encode()).hexdigest()
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted keys whose values differ between two resolved recipes, with the old and the new value."""
-    found: list[tuple[str, Any, Any]] = []
-    for key in [*old, *(key for key in new if key not in old)]:
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append((prefix + key, before, after))
-    return found
-
-
 def unread_error(recipe: Recipe) -> RecipeError | None:
     """An error that names the keys the user wrote and the run has not read, or None when all were read."""
     unread = recipe.unread_keys()

@@ -6,7 +6,6 @@ trained or when an assistant's turn does not train the token that ends it: such 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -113,11 +112,6 @@ def turn_ends(report: DataReport, tokenizer: PreTrainedTokenizerBase) -> frozens
     if report.loss_on == "all":
         return frozenset()
     return frozenset(token for token in (report.end_of_turn, tokenizer.eos_token_id) if isinstance(token, int))
-
-
-def read_mask_receipt(folder: Path) -> MaskReceipt:
-    """The receipt in a folder."""
-    return MaskReceipt.model_validate(json.loads((folder / "mask.json").read_text(encoding="utf-8")))
 
 
 def _examples(store: TokenStore, packed: Sequence[int]) -> Iterable[tuple[int, np.ndarray, np.ndarray]]:
