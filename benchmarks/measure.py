@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -46,8 +47,11 @@ def in_turn(contestants: dict[str, Callable[[int], float]], rounds: int) -> dict
     figures: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds):
         for name, contestant in contestants.items():
+            cpu, wall = time.process_time(), time.perf_counter()
             figures[name].append(contestant(number))
-            print(f"  round {number + 1}/{rounds}  {name}: {figures[name][-1]:.4g}", file=sys.stderr, flush=True)
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            shown = f"{name}: {figures[name][-1]:.4g}  ({wall:.1f} s, {cpu:.1f} s of CPU)"
+            print(f"  round {number + 1}/{rounds}  {shown}", file=sys.stderr, flush=True)
     return figures
 
 
