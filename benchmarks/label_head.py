@@ -65,9 +65,9 @@ class Contestant:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--tokens", type=int, default=2048)
-    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--threads", type=int, default=1)
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     lines, parity = [], {}
@@ -83,7 +83,7 @@ def main() -> None:
         lines.append(comparison(f"peak memory of a {kind}", "HF default", "MiB", *peaks, ratio="peer/ours", aim="≥ 4"))
     setting = (
         f"One row of {chosen.tokens} tokens, {LABEL_SHARE:.0%} labels, vocabulary {workload.VOCABULARY}, "
-        f"{chosen.threads} threads, fp32, AdamW, the 22M-parameter Llama of the throughput benchmark; memory is what head, "
+        f"{chosen.threads} thread(s), fp32, AdamW, the 22M-parameter Llama of the throughput benchmark; memory is what head, "
         "loss and their backward pass allocate beyond the hidden states and weights."
     )
     save("label_head", setting, parity, lines)
