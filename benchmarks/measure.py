@@ -34,6 +34,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def now() -> float:
+    """Seconds of a clock: this process's CPU time where torch has one thread, which other work on the machine does not
+    lengthen; else the wall's."""
+    import torch
+
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def in_turn(contestants: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
     """Runs every contestant once a round, so that a change of the machine's load meets them all.
 
