@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def now() -> float:
+    """Seconds of a clock: this process's CPU time where torch has one thread, which other work on the machine does not
+    lengthen; else the wall's."""
+    import torch
+
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def in_turn(contestants: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
     """Runs every contestant once a round, so that a change of the machine's load meets them all.
 
@@ -46,8 +55,11 @@ def in_turn(contestants: dict[str, Callable[[int], float]], rounds: int) -> dict
     figures: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds):
         for name, contestant in contestants.items():
+            cpu, wall = time.process_time(), time.perf_counter()
             figures[name].append(contestant(number))
-            print(f"  round {number + 1}/{rounds}  {name}: {figures[name][-1]:.4g}", file=sys.stderr, flush=True)
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            shown = f"{name}: {figures[name][-1]:.4g}  ({wall:.1f} s, {cpu:.1f} s of CPU)"
+            print(f"  round {number + 1}/{rounds}  {shown}", file=sys.stderr, flush=True)
     return figures
 
 
