@@ -1,9 +1,20 @@
-"""What every test shares: tiny models, and quiet, offline libraries."""
+"""What every test shares: a tiny model, and quiet, offline libraries."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a byte tokenizer."""
+    import tiny_models  # not before it is needed: it loads torch
+
+    return tiny_models.make("llama", tmp_path_factory.mktemp("base"))

@@ -19,7 +19,7 @@ MAY_IMPORT = {
 COMMAND_LINE = "tunesmith.cluster.main"
 # Where each of these may be imported; a name stands for the module and everything below it.
 HOMES = {
-    "deepspeed": {"engine", "checkpoint", "checkpoint_files", "models", "export"},
+    "deepspeed": {"engine", "checkpoint_files", "export"},
     "ray": {"fit", "lean", "rendezvous"},
     "vllm": {"engines.vllm"},
 }

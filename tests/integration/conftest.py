@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import tiny_models
 
 from tunesmith.cluster.session import RaySession
 
@@ -17,9 +15,3 @@ def ray_session() -> Iterator[RaySession]:
     with RaySession() as session:
         session.nodes()
         yield session
-
-
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a byte tokenizer."""
-    return tiny_models.make("llama", tmp_path_factory.mktemp("base"))

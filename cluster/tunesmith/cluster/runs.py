@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from tunesmith.cluster.errors import FencedError, OutputError, RunBusyError, StorageError
 from tunesmith.cluster.metrics import MetricsLog, read_metrics
-from tunesmith.cluster.storage import explained, is_temporary, write_atomic
+from tunesmith.cluster.storage import explained, write_atomic
 
 
 class RunFolder:
@@ -199,9 +200,14 @@ class RunFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         MetricsLog(path).append({"text": text})
 
+    def newest_step(self) -> int:
+        """Step of the newest committed checkpoint by name, whole or not; 0 when there is none."""
+        names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.checkpoints.glob("step-*"))
+        return max((int(name[1]) for name in names if name), default=0)
+
     def has_checkpoint(self) -> bool:
         """Whether any committed checkpoint is there, whole or not."""
-        return any(not is_temporary(path) for path in self.checkpoints.glob("step-*"))
+        return self.newest_step() > 0
 
     def _locked(self) -> int:
         while True:

@@ -207,7 +207,7 @@ def commit_folder(final: Path, manifest_extra: Mapping[str, Any], needed: int = 
     try:
         with held(temporary):
             yield temporary
-            files = {path.relative_to(temporary).as_posix(): _seal(path) for path in _files_in(temporary)}
+            files = {path.relative_to(temporary).as_posix(): seal(path) for path in _files_in(temporary)}
             commit(temporary, final, files, manifest_extra)
     except BaseException as error:
         written = sum(path.stat().st_size for path in _files_in(temporary))
@@ -247,11 +247,6 @@ def remove_leftovers(parent: Path) -> list[Path]:
     return removed
 
 
-def is_temporary(path: Path) -> bool:
-    """Whether a name is that of a folder or file not yet committed."""
-    return _TEMPORARY in path.name
-
-
 def _hide(final: Path) -> Path:
     hidden = _temporary_name(final)
     os.rename(final, hidden)
@@ -288,7 +283,8 @@ def _files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _seal(path: Path) -> FileRecord:
+def seal(path: Path) -> FileRecord:
+    """Fsyncs a file that something else has written; returns its record."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())

@@ -68,6 +68,7 @@ class CheckpointStore:
         self.warnings: list[str] = []
         """What was found damaged, as sentences; rank 0 also leaves them in the run's folder for the user."""
         self._checked: dict[Path, Manifest] = {}
+        """Those whose every file this store has read and found whole; what it wrote itself is read before it is used."""
 
     def save(self, engine: Any, step: int, about: Mapping[str, Any], metric: float | None = None) -> Path:
         """Commits a checkpoint of this step, and removes those no longer kept.
@@ -84,8 +85,8 @@ class CheckpointStore:
             FencedError: a newer attempt has taken over.
         """
         final = self.folder / f"step-{step:08d}"
-        if final in self._checked and final.name == _name_of(self.last_saved):
-            return final  # the same step of the same attempt, asked for again
+        if step == self.last_saved:
+            return final  # asked for again
         temporary = on_first(lambda: self._begin(final))
         written = gather(self._write(engine, temporary))
         extra = {
@@ -99,7 +100,7 @@ class CheckpointStore:
             "versions": _versions(),
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self._checked[final] = on_first(lambda: self._commit(temporary, final, written, extra))
+        on_first(lambda: self._commit(temporary, final, written, extra))
         self.last_saved = step
         return final
 
@@ -168,7 +169,7 @@ class CheckpointStore:
                 dist.barrier()
         return _Written(files.files, files.wanted, files.error)
 
-    def _commit(self, temporary: Path, final: Path, written: Sequence[_Written], extra: Mapping[str, Any]) -> Manifest:
+    def _commit(self, temporary: Path, final: Path, written: Sequence[_Written], extra: Mapping[str, Any]) -> None:
         try:
             if any(part.error for part in written):
                 raise next(part.error for part in written if part.error)
@@ -181,7 +182,6 @@ class CheckpointStore:
                 raise disk_full(final, sum(part.wanted for part in written)) from error
             raise
         self._retain()
-        return read_manifest(final)
 
     def _retain(self) -> None:
         measured = _measured(self.folder)
@@ -263,10 +263,6 @@ def _set_aside(path: Path) -> Path:
     except OSError as error:
         raise StorageError(f"{path}: damaged, and cannot be set aside: {error.strerror or error}") from error
     return aside
-
-
-def _name_of(step: int | None) -> str | None:
-    return None if step is None else f"step-{step:08d}"
 
 
 def _hyperparameters(engine: Any) -> list[dict[str, Any]]:

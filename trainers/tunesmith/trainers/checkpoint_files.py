@@ -7,7 +7,6 @@ and whose hash was checked are read, because reading them unpickles.
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from tunesmith.cluster.errors import CheckpointError, StorageError, TunesmithError
-from tunesmith.cluster.storage import FileRecord, HashingFile, disk_full, free_bytes, is_disk_full, sha256_file
+from tunesmith.cluster.storage import FileRecord, HashingFile, disk_full, free_bytes, is_disk_full, seal
 
 
 class SignedFiles(CheckpointEngine):
@@ -82,9 +81,7 @@ class SignedFiles(CheckpointEngine):
         """Hashes and fsyncs files that DeepSpeed copied by itself (NVMe offload); only these are read again."""
         for path in sorted(folder.rglob("*")):
             if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-                record = FileRecord(path.stat().st_size, sha256_file(path))
+                record = seal(path)
                 self.wanted += record.size
                 self.files[path.relative_to(self.folder).as_posix()] = record
 

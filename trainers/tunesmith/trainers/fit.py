@@ -80,6 +80,8 @@ def fit(
                 on_event(Step(line))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if work.failure is not None and not isinstance(work.failure, TrainingFailedError | RayError):
+        raise work.failure
     return _ending(work.failure, folder)
 
 
@@ -89,12 +91,12 @@ class _Work(threading.Thread):
     def __init__(self, trainer: ClusterTrainer) -> None:
         super().__init__(name="ray-train", daemon=True)
         self._trainer = trainer
-        self.failure: TrainingFailedError | RayError | None = None
+        self.failure: Exception | None = None
 
     def run(self) -> None:
         try:
             self._trainer.fit()
-        except (TrainingFailedError, RayError) as failure:
+        except Exception as failure:  # noqa: BLE001 - judged by the thread that waits for this one
             self.failure = failure
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any
 import yaml
 
 from tunesmith.cluster.artifacts import verify
-from tunesmith.cluster.errors import OutputError, RecipeError, StorageError, UsageError, WorkerError
+from tunesmith.cluster.errors import OutputError, StorageError, UsageError, WorkerError
 from tunesmith.cluster.events import Ended, Listener, Note, Training, Warned, ignore
 from tunesmith.cluster.identity import Identity, changes, refuse_changes
 from tunesmith.cluster.metrics import read_metrics
@@ -28,6 +27,7 @@ from tunesmith.cluster.resources import Need, needs, require_resources, this_mac
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.session import RaySession
 from tunesmith.cluster.storage import write_atomic
+from tunesmith.trainers import zero
 from tunesmith.trainers.attempts import GiveUp, LostAttempt, decide
 from tunesmith.trainers.data.build import look_at
 from tunesmith.trainers.data.prepare import Prepared, prepare
@@ -119,7 +119,7 @@ def plan(recipe: Recipe, on_event: Listener = ignore) -> dict[str, Any]:
         "workers": need.workers,
         "cpus_per_worker": need.cpus,
         "gpus_per_worker": need.gpus,
-        "goes_on_from_step": newest_step(folder),
+        "goes_on_from_step": folder.newest_step(),
         "data": inputs.prepared.report.model_dump(mode="json"),
     }
 
@@ -139,8 +139,7 @@ def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore, star
     nodes = [this_machine()] if session.local else session.nodes()
     need = needs(recipe.cluster, nodes)
     require_resources(need, nodes)
-    if recipe.train.precision == "fp16" and not need.gpus:
-        raise RecipeError("train.precision: fp16 needs GPUs, and these workers have none", "Use auto, fp32 or bf16.")
+    zero.precision(recipe, on_gpu=need.gpus > 0)
     for source in [*recipe.data.train, *(recipe.data.validation or [])]:
         look_at(source)
     if start_ray:
@@ -156,12 +155,6 @@ def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore, star
 def run_folder(recipe: Recipe) -> RunFolder:
     """Where the recipe's run lies."""
     return RunFolder(Path(recipe.output.dir).expanduser().absolute() / recipe.name)
-
-
-def newest_step(folder: RunFolder) -> int:
-    """Step of the newest committed checkpoint by name; 0 when there is none."""
-    names = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.checkpoints.glob("step-*"))
-    return max((int(name[1]) for name in names if name), default=0)
 
 
 def _require_writable(root: Path) -> None:
@@ -224,7 +217,7 @@ def _attempts(
 
     signals.stop_with(folder.request_stop)
     while True:
-        attempt, from_step = folder.begin_attempt(), newest_step(folder)
+        attempt, from_step = folder.begin_attempt(), folder.newest_step()
         on_event(Training(recipe.name, attempt, from_step, recipe.train.max_steps))
         ending = fit(recipe, inputs, attempt, allow_change, signals, on_event)
         on_event(Ended())
@@ -235,9 +228,9 @@ def _attempts(
             raise signals.translated(outcome.to_error())
         if signals.received is not None:
             raise signals.error(
-                f"workers were lost before they had saved; the newest checkpoint is step {newest_step(folder)}"
+                f"workers were lost before they had saved; the newest checkpoint is step {folder.newest_step()}"
             )
-        lost.append(LostAttempt(attempt, ending.died or ending.raised, from_step, newest_step(folder)))
+        lost.append(LostAttempt(attempt, ending.died or ending.raised, from_step, folder.newest_step()))
         decision = decide(lost, max_failures)
         if isinstance(decision, GiveUp):
             raise WorkerError(decision.what, decision.fix)
