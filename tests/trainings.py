@@ -80,3 +80,8 @@ def trainer_here(folder: Path, written: dict[str, Any], attempt: int = 1) -> Tra
 def losses(folder: Path, name: str) -> list[float]:
     """The training loss of every step."""
     return [line["loss"] for line in read_metrics(folder / "runs" / name / "metrics.jsonl") if "loss" in line]
+
+
+def gradient_norms(folder: Path, name: str) -> list[float]:
+    """The norm of every step's gradient, before clipping."""
+    return [line["grad_norm"] for line in read_metrics(folder / "runs" / name / "metrics.jsonl") if "loss" in line]

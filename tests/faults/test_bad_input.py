@@ -63,6 +63,7 @@ IN_THE_RECIPE = [
     Case("wrong type", ["train.learning_rate", "number", "'fast'"], {"train.learning_rate": "fast"}),
     Case("infinite number", ["train.learning_rate", "finite"], {"train.learning_rate": float("inf")}),
     Case("empty section", ["train", "nothing stands under it", "learning_rate"], {"train": None}),
+    Case("truth for a number", ["epochs: true is not a number"], {"train.epochs": True}),
     Case("no section", ["train.early_stopping", "patience"], {"train.early_stopping": True}),
     Case("unknown choice", ["objective", "'stf'", "did you mean sft?"], {"objective": "stf"}),
     Case("name", ["name", "'Bad Run'", "lower-case"], {"name": "Bad Run"}),

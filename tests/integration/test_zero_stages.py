@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from tiny_models import make
-from trainings import losses, recipe, train_here, write_rows, zero
+from trainings import gradient_norms, losses, recipe, train_here, write_rows, zero
 from workers import run_workers
 
 STAGES = (0, 1, 2, 3)
@@ -41,3 +41,7 @@ def test_stages_and_world_sizes_agree(tmp_path: Path) -> None:
     assert wanted[-1] < wanted[0] - 0.3
     for name in ("two-1", "two-2", "two-3", "one-rows", "one-accumulated"):
         assert losses(tmp_path, name) == pytest.approx(wanted, abs=1e-3), name
+    norms = {name: gradient_norms(tmp_path, name) for name in ("two-0", "two-2", "two-3", "one-rows")}
+    assert min(norms["two-0"]) > 0
+    for name in ("two-2", "two-3", "one-rows"):
+        assert norms[name] == pytest.approx(norms["two-0"], rel=1e-2), name

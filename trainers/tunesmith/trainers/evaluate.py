@@ -8,7 +8,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.trainers.batch import collate, idle
+from tunesmith.trainers.data.prepare import Prepared
 from tunesmith.trainers.data.tokens import TokenStore
 from tunesmith.trainers.packing import pack
 from tunesmith.trainers.policy import sum_negative_logps
@@ -27,6 +29,14 @@ class HeldOut:
         self.store = store
         indices = np.flatnonzero(store.trained_counts > 0)[:max_rows]
         self.packs = pack(indices, store.lengths, capacity)
+
+    @staticmethod
+    def of(recipe: Recipe, data: Prepared) -> HeldOut | None:
+        """The recipe's validation rows; None when there are none."""
+        if len(data.validation) == 0:
+            return None
+        capacity = data.report.max_length * recipe.train.per_device_train_batch_size
+        return HeldOut(data.validation, capacity, recipe.eval.max_rows)
 
     def loss(self, engine: Any, device: torch.device) -> float:
         """Mean negative log-probability of the labels, in nats a token."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,3 +30,14 @@ class GradientWatch:
         finite = not self._sums or bool(torch.isfinite(torch.stack(self._sums)).all())
         self._sums.clear()
         return finite
+
+
+def norm_before_step(engine: Any) -> float | None:
+    """Global norm of the reduced gradients, for an engine that does not keep it: fp32 without ZeRO.
+
+    Call it between the last backward pass and the step. None where DeepSpeed's own optimizer knows it after the step.
+    """
+    if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(nn.utils.get_total_norm(gradients))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from tunesmith.cluster.errors import ChangedError, NonFiniteError
+from tunesmith.cluster.errors import ChangedError, NonFiniteError, RecipeError
 from tunesmith.cluster.metrics import MetricsLog, read_metrics
 from tunesmith.cluster.recipe.load import recipe_hash, unread_error
 from tunesmith.cluster.recipe.schema import Recipe
@@ -31,7 +31,7 @@ from tunesmith.trainers.engine import build_engine
 from tunesmith.trainers.evaluate import HeldOut
 from tunesmith.trainers.export import write_artifact
 from tunesmith.trainers.figures import closing_figures, memory_gib
-from tunesmith.trainers.gradients import GradientWatch
+from tunesmith.trainers.gradients import GradientWatch, norm_before_step
 from tunesmith.trainers.logs import Log, numbers, open_logs, require_installed
 from tunesmith.trainers.models import BaseRef, load_tokenizer
 from tunesmith.trainers.objectives import OBJECTIVES
@@ -133,7 +133,7 @@ class Trainer:
         self.total_steps = self.plan.total_steps(train.epochs, train.max_steps)
         self.schedule = Schedule.of(train, self.total_steps)
         self.objective = OBJECTIVES[recipe.objective.kind]
-        self.held_out = _held_out(recipe, self.data)
+        self.held_out = HeldOut.of(recipe, self.data)
         self.eval_steps = train.eval_steps if self.held_out else None
         stopping = train.early_stopping if self.held_out else None
         self.patience = stopping.patience if stopping else None
@@ -255,6 +255,7 @@ class Trainer:
         totals = self.sum_over_workers(totals)
         if totals[2]:
             raise self.non_finite(index, broken)
+        plain_norm = norm_before_step(self.engine)
         self.engine.step()
         self.progress.step += 1
         seconds = time.perf_counter() - began
@@ -265,7 +266,7 @@ class Trainer:
             **({"router_loss": totals[1].item()} if self.engine.module.has_router_loss else {}),
             **({"skipped_steps": self.engine.skipped_steps} if self.engine.fp16_enabled() else {}),
             "learning_rate": rate,
-            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "grad_norm": float(self.engine.get_global_grad_norm()) if plain_norm is None else plain_norm,
             "tokens": tokens,
             "labels": labels,
             "tokens_per_second": tokens / seconds,
@@ -384,18 +385,17 @@ def _dropout_seed(*numbers: int) -> int:
 
 def _plan(recipe: Recipe, data: Prepared, world: int) -> BatchPlan:
     weights = [source.weight for source in recipe.data.train]
+    mixture = Mixture(data.train.source, tuple(w for w in weights if w is not None) or None)
+    if mixture.weights and 0 in mixture.quotas():
+        source = recipe.data.train[mixture.quotas().index(0)]
+        raise RecipeError(
+            f"data.train: weight {source.weight} of {source.path} is less than one of {len(data.train):,} rows an epoch",
+            "Give it a larger weight, or take the source out.",
+        )
     return BatchPlan(
         length_B=data.train.lengths,
-        mixture=Mixture(data.train.source, tuple(w for w in weights if w is not None) or None),
+        mixture=mixture,
         capacity=data.report.max_length if recipe.data.packing else None,
         rows_per_step=world * recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps,
         seed=recipe.train.seed,
-    )
-
-
-def _held_out(recipe: Recipe, data: Prepared) -> HeldOut | None:
-    if len(data.validation) == 0:
-        return None
-    return HeldOut(
-        data.validation, data.report.max_length * recipe.train.per_device_train_batch_size, recipe.eval.max_rows
     )

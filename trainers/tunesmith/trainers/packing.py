@@ -36,11 +36,11 @@ class Mixture:
         if self.weights is None:
             order = np.arange(len(self.source_B), dtype=np.int64)
         else:
-            order = np.concatenate([self._draw(s, quota, epoch, seed) for s, quota in enumerate(self._quotas())])
+            order = np.concatenate([self._draw(s, quota, epoch, seed) for s, quota in enumerate(self.quotas())])
         return np.random.default_rng([seed, epoch, 1]).permutation(order)
 
-    def _quotas(self) -> list[int]:
-        """Rows of each source in an epoch, by largest remainder so that they add up."""
+    def quotas(self) -> list[int]:
+        """Rows of each source in an epoch of a weighted mixture, by largest remainder so that they add up."""
         assert self.weights is not None
         shares = np.array(self.weights) / sum(self.weights) * len(self.source_B)
         quotas = np.floor(shares).astype(int)

@@ -11,9 +11,10 @@ from tunesmith.cluster.recipe.schema import Train
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from 0 to `peak`, then constant, or down to 0 at `total_steps` (linear or half a cosine).
+    """Linear warm-up to `peak`, then constant, or down to 0 at `total_steps` (linear or half a cosine).
 
-    Equals the `get_*_schedule_with_warmup` functions of Transformers, step for step.
+    After the warm-up it equals the `get_*_schedule_with_warmup` functions of Transformers, step for step. Theirs begin
+    the warm-up with a step at rate 0, which trains nothing; ours takes the steps `1/(w+1), …, w/(w+1)` of the peak.
     """
 
     peak: float
@@ -34,7 +35,7 @@ class Schedule:
     def learning_rate(self, step: int) -> float:
         """The rate that optimizer step `step`, counted from 0, uses."""
         if step < self.warmup_steps:
-            return self.peak * step / max(1, self.warmup_steps)
+            return self.peak * (step + 1) / (self.warmup_steps + 1)
         if self.kind == "constant":
             return self.peak
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)

@@ -180,9 +180,9 @@ class Train(Section):
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up; cosine and linear end at 0."""
     warmup_ratio: Fraction | None = None
-    """Share of all steps over which the learning rate rises from 0. 0.03 when `warmup_steps` is not given either."""
+    """Share of all steps over which the learning rate rises to its peak. 0.03 when `warmup_steps` is not given either."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises to its peak."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Number format of weights and activations while training. `auto` is bf16 on GPUs and fp32 on CPUs."""
     seed: int = 42

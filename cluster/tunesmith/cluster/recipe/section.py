@@ -7,9 +7,9 @@ is recorded, so that the end of set-up can name the keys that nothing has used.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
 
 
 class Section(BaseModel):
@@ -18,6 +18,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     _read: set[str] = PrivateAttr(default_factory=set)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, written: Any) -> Any:
+        """YAML reads `yes` and `on` as true, and Python would count with it."""
+        for key, value in written.items() if isinstance(written, dict) else ():
+            field = cls.__pydantic_fields__.get(key)
+            if isinstance(value, bool) and field is not None and _takes_a_number(field.annotation):
+                raise ValueError(f"{key}: {str(value).lower()} is not a number (YAML reads yes, no, on and off so)")
+        return written
 
     def __getattribute__(self, name: str) -> Any:
         if not name.startswith("_") and name in type(self).__pydantic_fields__:
@@ -71,3 +81,7 @@ class Section(BaseModel):
             if not written_only or prefix.partition(".")[0] in self.model_fields_set:
                 for key, was_read in section._leaves(written_only):
                     yield f"{prefix}.{key}", was_read
+
+
+def _takes_a_number(annotation: Any) -> bool:
+    return annotation in (int, float) or any(_takes_a_number(argument) for argument in get_args(annotation))
