@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from tunesmith.cluster.errors import ChangedError, NonFiniteError, RecipeError
+from tunesmith.cluster.errors import ChangedError, NonFiniteError
 from tunesmith.cluster.metrics import MetricsLog, read_metrics
 from tunesmith.cluster.recipe.load import recipe_hash, unread_error
 from tunesmith.cluster.recipe.schema import Recipe
@@ -35,7 +35,7 @@ from tunesmith.trainers.gradients import GradientWatch, norm_before_step
 from tunesmith.trainers.logs import Log, numbers, open_logs, require_installed
 from tunesmith.trainers.models import BaseRef, load_tokenizer
 from tunesmith.trainers.objectives import OBJECTIVES
-from tunesmith.trainers.packing import BatchPlan, Mixture, StepPlan
+from tunesmith.trainers.packing import BatchPlan, StepPlan
 from tunesmith.trainers.policy import score
 from tunesmith.trainers.ranks import gather, on_first
 from tunesmith.trainers.receipts.mask import write_mask_receipt
@@ -129,7 +129,7 @@ class Trainer:
         self.data: Prepared = open_prepared(self.job.cache, self.job.data)
         self.rows = train.per_device_train_batch_size
         self.accumulation = train.gradient_accumulation_steps
-        self.plan = _plan(recipe, self.data, self.world)
+        self.plan = BatchPlan.of(recipe, self.data, self.world)
         self.total_steps = self.plan.total_steps(train.epochs, train.max_steps)
         self.schedule = Schedule.of(train, self.total_steps)
         self.objective = OBJECTIVES[recipe.objective.kind]
@@ -381,21 +381,3 @@ def train(job: TrainJob, report: Report) -> Outcome:
 def _dropout_seed(*numbers: int) -> int:
     """A seed of its own for every micro-batch, so that dropout needs no state in a checkpoint."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _plan(recipe: Recipe, data: Prepared, world: int) -> BatchPlan:
-    weights = [source.weight for source in recipe.data.train]
-    mixture = Mixture(data.train.source, tuple(w for w in weights if w is not None) or None)
-    if mixture.weights and 0 in mixture.quotas():
-        source = recipe.data.train[mixture.quotas().index(0)]
-        raise RecipeError(
-            f"data.train: weight {source.weight} of {source.path} is less than one of {len(data.train):,} rows an epoch",
-            "Give it a larger weight, or take the source out.",
-        )
-    return BatchPlan(
-        length_B=data.train.lengths,
-        mixture=mixture,
-        capacity=data.report.max_length if recipe.data.packing else None,
-        rows_per_step=world * recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps,
-        seed=recipe.train.seed,
-    )

@@ -9,9 +9,16 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tunesmith.cluster.errors import RecipeError
+
+if TYPE_CHECKING:
+    from tunesmith.cluster.recipe.schema import Recipe
+    from tunesmith.trainers.data.prepare import Prepared
 
 Indices = NDArray[np.int64]
 Pack = tuple[int, ...]
@@ -129,6 +136,29 @@ class BatchPlan:
     capacity: int | None
     rows_per_step: int
     seed: int
+
+    @staticmethod
+    def of(recipe: Recipe, data: Prepared, world: int) -> BatchPlan:
+        """The plan of a recipe on `world` workers.
+
+        Raises:
+            RecipeError: a source's weight is too small for one row an epoch.
+        """
+        weights = tuple(source.weight for source in recipe.data.train if source.weight is not None)
+        mixture = Mixture(data.train.source, weights or None)
+        if weights and 0 in mixture.quotas():
+            source = recipe.data.train[mixture.quotas().index(0)]
+            raise RecipeError(
+                f"data.train: weight {source.weight} of {source.path} is less than one of {len(data.train):,} rows an epoch",
+                "Give it a larger weight, or take the source out.",
+            )
+        return BatchPlan(
+            length_B=data.train.lengths,
+            mixture=mixture,
+            capacity=data.report.max_length if recipe.data.packing else None,
+            rows_per_step=world * recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps,
+            seed=recipe.train.seed,
+        )
 
     def __hash__(self) -> int:
         return id(self)
