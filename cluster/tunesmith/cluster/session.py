@@ -49,8 +49,9 @@ LOCAL_SETTINGS = {
 
 
 def cluster_address(address: str | None) -> str | None:
-    """Where to connect: the recipe's address, else RAY_ADDRESS, else None, which means a Ray of our own."""
-    return address or os.environ.get("RAY_ADDRESS") or None
+    """Where to connect: the recipe's address, else RAY_ADDRESS, else None (also for `local`): a Ray of our own."""
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    return None if address == "local" else address
 
 
 _CONNECTING = threading.Lock()

@@ -19,9 +19,9 @@ def closing_figures(lines: list[dict[str, Any]], best_loss: float | None) -> dic
     steps = [line for line in lines if "loss" in line]
     evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
     return {
-        "train_loss": float(np.mean([line["loss"] for line in steps])),
+        "train_loss": float(np.mean([line["loss"] for line in steps])) if steps else None,
         "eval_loss": best_loss if best_loss is not None else evaluated[-1] if evaluated else None,
-        "tokens_per_second": float(np.median([line["tokens_per_second"] for line in steps])),
+        "tokens_per_second": float(np.median([line["tokens_per_second"] for line in steps])) if steps else None,
     }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from tunesmith.cluster.artifacts import verify
-from tunesmith.cluster.errors import OutputError, StorageError, UsageError, WorkerError
+from tunesmith.cluster.errors import CheckpointError, OutputError, StorageError, UsageError, WorkerError
 from tunesmith.cluster.events import Ended, Listener, Note, Training, Warned, ignore
 from tunesmith.cluster.identity import Identity, changes, refuse_changes
 from tunesmith.cluster.metrics import read_metrics
@@ -187,7 +187,13 @@ def _finished(inputs: Inputs, allow_change: bool, on_event: Listener) -> Result 
     outcome = read_outcome(folder.outcome(folder.current_attempt()))
     if changed or outcome is None or outcome.kind != "done" or not folder.artifact.exists():
         return None
-    verify(folder.artifact)
+    try:
+        verify(folder.artifact)
+    except CheckpointError as damaged:
+        raise CheckpointError(
+            f"the artifact of the finished run {folder.name} is damaged: {damaged.what}",
+            f"Delete {folder.artifact} and run the same command again: it is made anew from the last checkpoint.",
+        ) from damaged
     on_event(Note(f"run {folder.name} is finished already; its artifact is whole: {folder.artifact}"))
     return _result(folder, outcome.result)
 

@@ -170,6 +170,12 @@ class Trainer:
             )
         self.checkpoints.load(self.engine, path)
         self.progress = Progress(**about["progress"])
+        changed = (about["data_hash"], about["recipe_hash"]) != (self.data.fingerprint, recipe_hash(self.recipe))
+        if self.job.allow_change and changed and self.progress.step >= self.total_steps:
+            raise ChangedError(
+                f"all {self.total_steps} steps are done, so nothing would be trained with what has changed",
+                "Raise train.epochs or train.max_steps, or start anew under another name.",
+            )
 
     def run(self) -> Outcome:
         """Trains to the end, or until it is asked to stop."""
@@ -177,7 +183,7 @@ class Trainer:
         self.resume()
         self.open_books()
         if self.progress.step == 0 and self.held_out:
-            self.log({"step": 0, "eval_loss": self.held_out.loss(self.engine, self.device)})
+            self.log({"step": 0, "eval_loss": self.held_out_loss(self.held_out)})
         self.engine.train()
         while self.progress.step < self.total_steps and not self.is_out_of_patience():
             record, must_stop = self.step()
@@ -317,13 +323,22 @@ class Trainer:
         at_interval = step % self.eval_steps == 0 if self.eval_steps else self.plan.is_epoch_end(step - 1)
         if not (at_interval or step == self.total_steps):
             return False
-        record["eval_loss"] = self.held_out.loss(self.engine, self.device)
-        if not math.isfinite(record["eval_loss"]):
+        record["eval_loss"] = self.held_out_loss(self.held_out)
+        return self.progress.note_evaluation(record[self.watched], self.min_delta)
+
+    def held_out_loss(self, held_out: HeldOut) -> float:
+        """The held-out loss now.
+
+        Raises:
+            NonFiniteError: it is NaN or infinite.
+        """
+        loss = held_out.loss(self.engine, self.device)
+        if not math.isfinite(loss):
             raise NonFiniteError(
-                f"step {step}: the held-out loss is {record['eval_loss']}; training itself was finite",
+                f"the held-out loss after step {self.progress.step} is {loss}, although every step was finite",
                 "Look at the rows of the validation split; the checkpoints before this step are whole.",
             )
-        return self.progress.note_evaluation(record[self.watched], self.min_delta)
+        return loss
 
     def is_out_of_patience(self) -> bool:
         """Whether the held-out loss has not improved for too long."""

@@ -56,7 +56,10 @@ class AttemptOutcome:
 def write_outcome(path: Path, outcome: AttemptOutcome) -> bool:
     """Writes it whole or not at all; says whether this worker was the first."""
     temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    temporary.write_text(json.dumps(outcome.__dict__, indent=1))
+    with temporary.open("w") as file:
+        file.write(json.dumps(outcome.__dict__, indent=1))
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut could leave an empty file under the final name
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -67,8 +70,8 @@ def write_outcome(path: Path, outcome: AttemptOutcome) -> bool:
 
 
 def read_outcome(path: Path) -> AttemptOutcome | None:
-    """What the workers wrote, or None when they could not."""
+    """What the workers wrote, or None when they could not, or not whole."""
     try:
         return AttemptOutcome(**json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, TypeError):
         return None
