@@ -194,7 +194,7 @@ def masked_batch(packs: list[list[dict[str, list[int]]]], max_length: int) -> di
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=4)
-    options.add_argument("--steps", type=int, default=1, help="optimizer steps a round")
+    options.add_argument("--steps", type=int, default=2, help="optimizer steps a round")
     options.add_argument("--max-length", type=int, default=1024)
     options.add_argument("--rows", type=int, default=2, help="packed rows a step")
     options.add_argument("--threads", type=int, default=1)
