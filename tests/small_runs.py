@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -62,6 +63,7 @@ class Command:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # of which it is the process group's leader, as under a shell with a terminal
         )
 
     def finish(self) -> tuple[int, str, str]:
@@ -79,6 +81,10 @@ class Command:
 
     def wait_for_step(self, run: Path, step: int) -> None:
         self.wait_until(lambda: last_step(run) >= step, f"step {step}")
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """As Ctrl-C on a terminal, `timeout` or a batch system: to the whole process group."""
+        os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
         """Ends a command that a failing test left behind."""
@@ -112,3 +118,26 @@ def weights(artifact: Path) -> dict[str, str]:
     """sha256 of the artifact's weight files, as its manifest has them."""
     files = json.loads((artifact / "MANIFEST.json").read_text())["files"]
     return {name: about["sha256"] for name, about in files.items() if name.endswith(".safetensors")}
+
+
+def processes_below(pid: int) -> list[int]:
+    """Children of a process, their children, and so on."""
+    children = [
+        int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
+    ]
+    return [found for child in children for found in (child, *processes_below(child))]
+
+
+def wait_for_end_of(pids: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while left := [pid for pid in pids if is_alive(pid)]:
+        assert time.monotonic() < deadline, f"processes {left} are still there"
+        time.sleep(0.1)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process is there; one that only waits to be reaped is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -15,6 +15,7 @@ import small_runs
 from small_runs import Command
 
 from tunesmith.cluster.runs import RunFolder
+from tunesmith.trainers.stopping import ONE_STOP_S
 
 
 @dataclass
@@ -99,9 +100,10 @@ def test_sigterm_saves_one_step_on_all_workers_and_the_next_command_goes_on_exac
     run, recipe = bench.run("stopped"), bench.recipe("stopped")
     command = start(recipe)
     command.wait_for_step(run, 4)
-    os.kill(command.process.pid, signal.SIGTERM)
+    command.signal_group(signal.SIGTERM)
     code, out, said = command.finish()
     assert (code, out) == (75, ""), said
+    assert "stopping: the workers save after this step; once more" in said
     assert f"saved step {newest_checkpoint(run)}" in said
     assert newest_checkpoint(run) == small_runs.last_step(run) >= 4
     code, out, said = start(recipe).finish()
@@ -116,7 +118,7 @@ def test_a_damaged_checkpoint_is_named_to_the_user_and_the_run_is_the_unbroken_o
     run, recipe = bench.run("damaged"), bench.recipe("damaged")
     command = start(recipe)
     command.wait_for_step(run, 5)
-    os.kill(command.process.pid, signal.SIGTERM)
+    command.signal_group(signal.SIGTERM)
     assert command.finish()[0] == 75
     before, newest = sorted(path.name for path in (run / "checkpoints").glob("step-????????"))[-2:]
     with next((run / "checkpoints" / newest).glob("*.pt")).open("r+b") as file:
@@ -132,10 +134,41 @@ def test_sigint_saves_too_and_exits_130(bench: Bench, start: Callable[..., Comma
     run = bench.run("interrupted")
     command = start(bench.recipe("interrupted"))
     command.wait_for_step(run, 2)
-    os.kill(command.process.pid, signal.SIGINT)
+    command.signal_group(signal.SIGINT)
     code, _, said = command.finish()
     assert code == 130, said
     assert newest_checkpoint(run) == small_runs.last_step(run) >= 2
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_at_once_and_leaves_no_process(
+    bench: Bench, start: Callable[..., Command], number: signal.Signals, exit_code: int
+):
+    run = bench.run(f"twice-{exit_code}")
+    command = start(bench.recipe(f"twice-{exit_code}", max_failures=0))
+    command.wait_for_step(run, 2)
+    pids = [small_runs.worker_pid(run, rank) for rank in (0, 1)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)  # so that the first signal alone cannot end the run
+    command.signal_group(number)
+    time.sleep(ONE_STOP_S + 0.1)
+    command.signal_group(number)
+    code, out, said = command.finish()
+    assert (code, out) == (exit_code, ""), said
+    assert "at once, at the second signal" in said
+    assert "Traceback" not in said
+    small_runs.wait_for_end_of(pids)
+
+
+def test_when_the_command_is_killed_ray_and_the_workers_end_too(bench: Bench, start: Callable[..., Command]):
+    run = bench.run("shot")
+    command = start(bench.recipe("shot"))
+    command.wait_for_step(run, 2)
+    begun = small_runs.processes_below(command.process.pid)
+    assert set(begun) >= {small_runs.worker_pid(run, rank) for rank in (0, 1)}
+    command.signal_group(signal.SIGKILL)
+    command.finish()
+    small_runs.wait_for_end_of(begun)
 
 
 def test_without_restarts_left_the_lost_rank_is_named_and_what_was_saved_stays(

@@ -15,6 +15,7 @@ from tunesmith.cluster.recipe.load import load_recipe
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.session import RaySession
 from tunesmith.trainers import launch
+from tunesmith.trainers.closing import summary
 
 
 @pytest.fixture
@@ -46,6 +47,10 @@ def test_a_run_trains_answers_at_once_when_finished_and_refuses_to_be_another(
     assert not (run / ".ray").exists()
     assert [e.line["step"] for e in events if isinstance(e, Step) and "loss" in e.line] == [1, 2, 3, 4]
     assert any("prompt and completion" in e.text for e in events if isinstance(e, Note))
+    closing = summary(loaded(recipe, tmp_path), result, ["train", "small.yaml"])
+    for what in (result.artifact, f"→ {result.metrics['eval_loss']:.3f}", "mask passed, parity passed", "loss.png"):
+        assert what in closing
+    assert "train small.yaml   shows this again" in closing
 
     events.clear()
     assert launch.run(loaded(recipe, tmp_path), on_event=events.append) == result

@@ -27,7 +27,7 @@ def say(console: Console, text: str, style: str = "") -> None:
 def show_error(error: TunesmithError) -> None:
     """Prints what happened, and what to do."""
     console = stderr()
-    label, colour = ("stopped", "yellow") if error.exit_code in (75, 130) else ("error", "bold red")
+    label, colour = ("stopped", "yellow") if error.exit_code in (75, 130, 143) else ("error", "bold red")
     console.print(Text.assemble((f"{label}: ", colour), error.what))
     if error.fix:
         say(console, error.fix, "cyan")

@@ -1,7 +1,7 @@
 """The one error tree: what happened, with the numbers, and what to do about it.
 
 Exit codes: 0 done, 1 failed, 2 the recipe or the command is wrong, 75 stopped but saved (run it again to go on),
-130 interrupted.
+130 interrupted, 143 stopped at once by a second SIGTERM.
 """
 
 from __future__ import annotations
@@ -94,6 +94,12 @@ class StoppedError(TunesmithError):
     """The run was asked to stop and saved itself; the same command goes on from there."""
 
     exit_code = 75
+
+
+class StoppedAtOnceError(TunesmithError):
+    """SIGTERM came twice: the run was ended without saving; what was saved before stays."""
+
+    exit_code = 143
 
 
 class InterruptedRunError(TunesmithError):

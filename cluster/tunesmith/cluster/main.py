@@ -53,7 +53,8 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
     else:
         say(
             stderr(),
-            f"{recipe} is a valid recipe: {checked.objective.kind}, {checked.adaptation.kind}, run {checked.name}",
+            f"{recipe} is a valid recipe: {checked.objective.kind}, {checked.adaptation.kind}, run {checked.name} "
+            "(schema only; `tunesmith train --dry-run` also checks the model, the data and the machine)",
         )
 
 
@@ -72,7 +73,7 @@ def train(
     """Train a recipe, here or on the connected cluster. The same command again goes on where it stopped."""
     from dataclasses import asdict
 
-    from tunesmith.cluster.console import print_json, stderr
+    from tunesmith.cluster.console import print_json, say, stderr
     from tunesmith.cluster.progress import Display
     from tunesmith.cluster.recipe.load import load_recipe
 
@@ -88,6 +89,11 @@ def train(
         result = launch.run(loaded, allow_change, display)
     if as_json:
         print_json(asdict(result))
+        return
+    from tunesmith.trainers.closing import summary
+
+    changed = [argument for override in overrides or [] for argument in ("--set", override)]
+    say(stderr(), summary(loaded, result, ["train", str(recipe), *changed]))
 
 
 @app.command()

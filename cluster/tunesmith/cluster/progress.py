@@ -17,6 +17,9 @@ from tunesmith.cluster.events import Ended, Event, Note, Step, Training, Warned
 SECONDS_BETWEEN_LINES = 10.0
 """Without a terminal. The first step, every evaluation and the last step are always said."""
 
+CLOSING = "writing the artifact and its receipts…"
+"""Said after the last step: on a large model this takes a while."""
+
 
 class Display:
     """Listens to a run's events and shows them on a console. Use as a context manager."""
@@ -70,16 +73,21 @@ class Display:
 
     def _show(self) -> None:
         state = self._state
+        is_last = state.step == state.total_steps
         if self._live is not None and self._bar is not None:
             self._bar.update(
-                self._task, description=state.headline(), completed=state.step, total=state.total_steps or None
+                self._task,
+                description=f"{state.headline()} · {CLOSING}" if is_last else state.headline(),
+                completed=state.step,
+                total=state.total_steps or None,
             )
             return
         now = time.monotonic()
-        is_last = state.step == state.total_steps
         if is_last or state.evaluated or now - self._said_at >= SECONDS_BETWEEN_LINES:
             self._said_at = now
             say(self.console, f"{state.headline()} · {state.facts()}")
+        if is_last:
+            say(self.console, CLOSING)
 
     def _end(self) -> None:
         if self._live is not None:

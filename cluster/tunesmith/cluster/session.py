@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -188,7 +189,7 @@ class RaySession:
             "_memory": int(machine.memory_gib * GIB),
             "_temp_dir": str(self._folder),
         }
-        with _bare_node():
+        with _bare_node(), _apart_from_our_signals():
             try:
                 ray.init(address="local", **wanted, **quiet)
             except Exception as failure:
@@ -241,6 +242,23 @@ def _bare_node() -> Iterator[None]:
     finally:
         for name, method in saved.items():
             setattr(Node, name, method)
+
+
+@contextlib.contextmanager
+def _apart_from_our_signals() -> Iterator[None]:
+    """Ray's processes start in sessions of their own, which a signal to our process group does not reach.
+
+    Ctrl-C on a terminal and `timeout` signal the whole group. If Ray died of it, the workers could not save. Workers
+    inherit the raylet's session. When we die the kernel ends the raylet and the GCS all the same, and they the workers.
+    """
+    from ray._private import services
+
+    saved = services.ConsolePopen
+    services.ConsolePopen = functools.partial(saved, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = saved
 
 
 def require_answer(address: str) -> None:

@@ -61,6 +61,7 @@ def test_a_valid_recipe_is_said_to_be_and_printed_resolved_as_json(recipe: Path)
     assert plain.returncode == 0
     assert plain.stdout == ""
     assert "valid recipe" in plain.stderr
+    assert "`tunesmith train --dry-run` also checks the model" in plain.stderr
     as_json = tunesmith("validate", str(recipe), "--set", "train.epochs=2", "--json", cwd=recipe.parent)
     assert json.loads(as_json.stdout)["recipe"]["train"]["epochs"] == 2
 
@@ -72,6 +73,17 @@ def test_a_misspelt_key_exits_2_with_its_line_and_no_traceback(recipe: Path):
     assert "error: " in done.stderr
     assert "trian" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_required_key_that_is_misspelt_is_one_mistake(recipe: Path):
+    recipe.write_text(recipe.read_text().replace("model:", "modle:"))
+    said = tunesmith("validate", str(recipe), cwd=recipe.parent).stderr
+    assert "did you mean model?" in said
+    assert "missing" not in said
+    recipe.write_text(recipe.read_text().replace("modle:", "zebra:"))
+    said = tunesmith("validate", str(recipe), cwd=recipe.parent).stderr
+    assert "zebra: no such key" in said
+    assert "model: missing" in said
 
 
 def test_debugging_shows_the_traceback_of_a_user_error(recipe: Path):

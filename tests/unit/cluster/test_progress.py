@@ -67,6 +67,7 @@ def test_without_a_terminal_only_some_steps_are_said():
     assert text.count("step ") == 2  # the first and the last
     assert "run bot starts" in text
     assert "step 10/10" in text
+    assert text.endswith("writing the artifact and its receipts…\n")
 
 
 def test_a_resumed_attempt_says_from_where():
@@ -82,7 +83,13 @@ def test_paths_in_brackets_are_text_and_not_markup():
 def test_on_a_terminal_there_is_a_bar_with_the_facts():
     text = shown(Training("bot", 1, 0, 10), Step(line(5)), Ended(), terminal=True)
     assert "step 5/10" in text
+    assert "writing the artifact" not in text
     assert "saved at 4" in text
+
+
+def test_on_a_terminal_the_bar_says_what_follows_the_last_step():
+    text = shown(Training("bot", 1, 0, 10), Step(line(10)), Ended(), terminal=True)
+    assert "step 10/10 · writing the artifact and its receipts…" in text
 
 
 def test_durations_read_as_a_person_says_them():

@@ -10,9 +10,10 @@ import pytest
 from tunesmith.trainers.plot import draw_losses, smooth
 
 
-def test_smoothing_is_unbiased_at_its_start_and_keeps_a_constant():
-    np.testing.assert_allclose(smooth([3.0] * 20, span=5), 3.0)
-    assert smooth([4.0, 1.0, 1.0], span=5)[0] == 4.0
+def test_smoothing_keeps_a_constant_and_does_not_lag_behind_a_slope():
+    np.testing.assert_allclose(smooth([3.0] * 20, reach=3), 3.0)
+    np.testing.assert_allclose(smooth([float(n) for n in range(20)], reach=3), range(20))
+    np.testing.assert_allclose(smooth([4.0, 1.0, 1.0, 2.0], reach=5), [4.0, 2.0, 4 / 3, 2.0])
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 60])

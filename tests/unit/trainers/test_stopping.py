@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
-from tunesmith.cluster.errors import InterruptedRunError, StoppedError
+from tunesmith.cluster.errors import InterruptedRunError, StoppedAtOnceError, StoppedError
+from tunesmith.cluster.events import Event, Note
+from tunesmith.trainers import stopping
 from tunesmith.trainers.stopping import StopSignals
 
 
@@ -17,15 +20,39 @@ def test_before_training_a_signal_ends_the_command(number: signal.Signals, kind:
         os.kill(os.getpid(), number)
 
 
-def test_during_training_the_first_signal_asks_and_the_second_ends():
+@pytest.mark.parametrize(
+    ("number", "kind", "code"),
+    [(signal.SIGTERM, StoppedAtOnceError, 143), (signal.SIGINT, InterruptedRunError, 130)],
+)
+def test_during_training_the_first_signal_asks_and_the_second_ends(
+    number: signal.Signals, kind: type[StoppedError], code: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stopping, "ONE_STOP_S", 0.05)
     asked: list[bool] = []
     with StopSignals("bot") as signals:
         signals.stop_with(lambda: asked.append(True))
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked == [True]
         assert signals.received == signal.SIGTERM
-        with pytest.raises(StoppedError, match="at once"):
-            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)  # `timeout` sends it twice
+        time.sleep(0.1)
+        with pytest.raises(kind, match="at once") as error:
+            os.kill(os.getpid(), number)
+        assert error.value.exit_code == code
+
+
+def test_a_signal_is_acknowledged_once_and_not_before_it_came():
+    said: list[Event] = []
+    with StopSignals("bot") as signals:
+        signals.stop_with(lambda: None)
+        signals.acknowledge(said.append)
+        assert said == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.acknowledge(said.append)
+        signals.acknowledge(said.append)
+    assert [event.text for event in said if isinstance(event, Note)] == [
+        "stopping: the workers save after this step; once more to stop at once without saving"
+    ]
 
 
 def test_a_stop_asked_for_by_sigint_exits_130_and_by_sigterm_75():

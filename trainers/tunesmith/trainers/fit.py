@@ -74,6 +74,7 @@ def fit(
     try:
         while work.is_alive():
             work.join(POLL_SECONDS)
+            signals.acknowledge(on_event)
             for line in warnings.lines():
                 on_event(Warned(line["text"]))
             for line in steps.lines():

@@ -50,27 +50,25 @@ def draw_losses(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None
     write_atomic(path, picture.getvalue())
 
 
-def smooth(values_N: Sequence[float], span: float) -> np.ndarray:
-    """Exponential moving mean [N] with the given span, without the bias towards its start."""
-    decay, total, weight = 1 - 2 / (span + 1), 0.0, 0.0
-    smoothed = []
-    for value in values_N:
-        total = decay * total + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        smoothed.append(total / weight)
-    return np.array(smoothed)
+def smooth(values_N: Sequence[float], reach: int) -> np.ndarray:
+    """Mean [N] of each value and up to `reach` neighbours on either side; as many on both, so that nothing lags."""
+    count = len(values_N)
+    sums = np.concatenate([[0.0], np.cumsum(values_N)])
+    middle = np.arange(count)
+    reaches = np.minimum(reach, np.minimum(middle, count - 1 - middle))  # the window shrinks at both ends
+    return (sums[middle + reaches + 1] - sums[middle - reaches]) / (2 * reaches + 1)
 
 
 def _draw_training(axes: Any, trained: Sequence[dict[str, Any]]) -> None:
     if not trained:
         return
     steps, losses = [line["step"] for line in trained], [line["loss"] for line in trained]
-    span = max(3.0, len(losses) / 20)
+    reach = max(2, len(losses) // 40)
     has_noise = len(losses) >= 10
     axes.plot(steps, losses, color=TRAIN, alpha=0.28 if has_noise else 1.0, linewidth=1.0, label="training")
     if has_noise:
         axes.get_lines()[-1].set_label("_raw")
-        axes.plot(steps, smooth(losses, span), color=TRAIN, linewidth=2.0, label="training (smoothed)")
+        axes.plot(steps, smooth(losses, reach), color=TRAIN, linewidth=2.0, label="training (smoothed)")
 
 
 def _draw_held_out(axes: Any, points: Sequence[tuple[int, float]]) -> None:
@@ -87,17 +85,25 @@ def _draw_held_out(axes: Any, points: Sequence[tuple[int, float]]) -> None:
         markeredgecolor="white",
         label="held out",
     )
-    best = int(np.argmin(losses))
-    axes.annotate(
-        f"{losses[best]:.3f}",
-        (steps[best], losses[best]),
-        xytext=(0, 9),
+    best, last = int(np.argmin(losses)), len(points) - 1
+    _label(axes, steps[last], losses[last], (8, 0), "left", "center")  # right of where every line ends
+    if best != last:
+        _label(axes, steps[best], losses[best], (0, -8), "center", "top")  # both neighbours are above
+
+
+def _label(axes: Any, step: int, loss: float, offset: tuple[int, int], ha: str, va: str) -> None:
+    text = axes.annotate(
+        f"{loss:.3f}",
+        (step, loss),
+        xytext=offset,
         textcoords="offset points",
-        ha="right" if best == len(points) - 1 else "center",
+        ha=ha,
+        va=va,
         color=HELD_OUT,
         fontsize=9,
         fontweight="bold",
     )
+    text.set_bbox({"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5})
 
 
 def _style(axes: Any, label: str) -> None:

@@ -6,7 +6,6 @@ The two recipes are written out and then read like anybody's; `tunesmith train` 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.cluster import storage
-from tunesmith.cluster.artifacts import MaskReceipt, ParityReceipt
 from tunesmith.cluster.events import Listener, Note, ignore
-from tunesmith.cluster.metrics import read_metrics
 from tunesmith.cluster.recipe.load import load_recipe
 from tunesmith.cluster.session import RaySession
 from tunesmith.trainers import documentation, launch
+from tunesmith.trainers.closing import PASSED, closing, program
 
 QUESTIONS = 4000  # chats of one question and its answer
 PRETRAIN = """\
@@ -124,15 +122,14 @@ def write_inputs(folder: Path) -> str:
 
 def summary(folder: Path, stages: list[Stage], seconds: float) -> str:
     """What was reached, where it lies, and what to type next."""
-    passed = {True: "passed", False: "FAILED"}
     lines = ["", "held-out loss       before    after   steps   mask     parity"]
     for stage in stages:
         lines.append(
             f"{stage.run:<18} {stage.loss_before:7.3f}  {stage.loss_after:7.3f} {stage.steps:7}   "
-            f"{passed[stage.mask_passed]:<8} {passed[stage.parity_passed]}"
+            f"{PASSED[stage.mask_passed]:<8} {PASSED[stage.parity_passed]}"
         )
     last = folder / "runs" / stages[-1].run
-    command = "tunesmith" if shutil.which("tunesmith") else sys.argv[0]
+    command = program()
     return "\n".join(
         [
             *lines,
@@ -154,20 +151,19 @@ def _train(recipe: Path, on_event: Listener) -> Stage:
     began = time.monotonic()
     loaded = load_recipe(recipe)
     result = launch.run(loaded, on_event=on_event)
-    artifact, run_folder = Path(result.artifact), launch.run_folder(loaded)
-    losses = [line["eval_loss"] for line in read_metrics(run_folder.metrics) if line.get("eval_loss") is not None]
-    mask = MaskReceipt.model_validate_json((artifact / "receipts" / "mask.json").read_text(encoding="utf-8"))
-    parity = ParityReceipt.model_validate_json((artifact / "receipts" / "parity.json").read_text(encoding="utf-8"))
+    found = closing(loaded, result)
+    assert found.loss_before is not None, "both stages hold rows out"
+    assert found.loss_after is not None, "both stages hold rows out"
     return Stage(
         recipe=str(recipe),
         run=result.run,
         artifact=result.artifact,
         steps=result.steps,
         seconds=time.monotonic() - began,
-        loss_before=losses[0],
-        loss_after=losses[-1],
-        mask_passed=mask.passed,
-        parity_passed=parity.passed,
+        loss_before=found.loss_before,
+        loss_after=found.loss_after,
+        mask_passed=found.mask_passed,
+        parity_passed=found.parity_passed,
     )
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-from tunesmith.cluster.errors import InterruptedRunError, StoppedError, TunesmithError
+from tunesmith.cluster.errors import InterruptedRunError, StoppedAtOnceError, StoppedError, TunesmithError
+from tunesmith.cluster.events import Listener, Note
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+ONE_STOP_S = 1.0
+"""Signals this close together are one wish to stop: `timeout` signals its command, and then its group once more."""
 
 
 class StopSignals:
@@ -18,6 +23,8 @@ class StopSignals:
     def __init__(self, run: str) -> None:
         self.run = run
         self.received: signal.Signals | None = None
+        self._received_at = 0.0
+        self._acknowledged = False
         self._request: Callable[[], None] | None = None
         self._before: dict[signal.Signals, object] = {}
 
@@ -25,6 +32,12 @@ class StopSignals:
         """From now on a first signal calls `request` and lets the run end by itself. Until now it raised at once."""
         self._request = request
         self._install()  # importing Ray may have put its own handlers there
+
+    def acknowledge(self, on_event: Listener) -> None:
+        """Says once what a received signal brings about. Not in the handler, which may have broken into a print."""
+        if self.received is not None and not self._acknowledged:
+            self._acknowledged = True
+            on_event(Note("stopping: the workers save after this step; once more to stop at once without saving"))
 
     def error(self, what: str) -> TunesmithError:
         """The error that the received signal ends the command with."""
@@ -58,11 +71,19 @@ class StopSignals:
             self._before.setdefault(number, before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         first = self.received is None
         if first:
-            self.received = signal.Signals(number)
+            self.received, self._received_at = signal.Signals(number), now
+        elif now - self._received_at < ONE_STOP_S:
+            return
         if self._request is None:
             raise self.error("training had not begun")
         if not first:
-            raise self.error("at once, at the second signal; what was saved before stays")
+            self.received = signal.Signals(number)
+            kind = InterruptedRunError if number == signal.SIGINT else StoppedAtOnceError
+            raise kind(
+                f"run {self.run} was stopped at once, at the second signal, without saving; what was saved before stays",
+                "The same command goes on from there.",
+            )
         self._request()

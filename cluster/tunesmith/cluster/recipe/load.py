@@ -37,7 +37,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as invalid:
-        problems = [_explain(error, origins, str(path)) for error in invalid.errors(include_url=False)]
+        problems = [_explain(error, origins, str(path)) for error in _without_echoes(invalid.errors(include_url=False))]
         count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
         raise RecipeError(f"{count} in {path}:\n" + "\n".join(f"  {problem}" for problem in problems)) from None
     recipe.forget_reads()
@@ -159,6 +159,17 @@ def _child(node: Any, at: list[str | int], part: str | int, override: str) -> An
     if isinstance(node, dict):
         return node.get(part)
     raise RecipeError(f"--set {override}: {_dotted(at)} is {node!r}, which has no {part!r} in it")
+
+
+def _without_echoes(errors: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Leaves out that a key is missing when it stands in the same section misspelt, which is said anyway."""
+    misspelt: set[KeyPath] = set()
+    for error in errors:
+        section = _section_at(error["loc"][:-1])
+        if error["type"] == "extra_forbidden" and section is not None:
+            near = difflib.get_close_matches(str(error["loc"][-1]), list(section.model_fields), n=1)
+            misspelt |= {(*error["loc"][:-1], key) for key in near}
+    return [error for error in errors if error["type"] != "missing" or error["loc"] not in misspelt]
 
 
 def _explain(error: ErrorDetails, origins: dict[KeyPath, str], path: str) -> str:
