@@ -41,3 +41,14 @@ def test_without_targets_it_returns_logits() -> None:
     wanted = layer(hidden)
     head.install(layer, LogitTransform())
     torch.testing.assert_close(layer(hidden), wanted)
+
+
+def test_a_second_backward_pass_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 20 * 3)
+    hidden = torch.randn(7, 4, requires_grad=True)
+    weight = torch.randn(20, 4, requires_grad=True)
+    logps = head.label_logps(hidden, weight, None, torch.arange(7), LogitTransform(1.0, 2.0))
+    first = torch.autograd.grad(logps.sum(), [hidden, weight], retain_graph=True)
+    second = torch.autograd.grad(logps.sum(), [hidden, weight])
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other)
