@@ -114,6 +114,8 @@ class MaskReceipt(BaseModel):
     """Assistant turns seen."""
     turns_with_trained_end: int = 0
     """Those whose end-of-turn token is trained; fewer than `assistant_turns` fails."""
+    cut_rows: int = 0
+    """Rows cut at `max_length` inside a trained turn; such a turn has no end and is in neither count."""
     examples: list[dict[str, Any]] = Field(default_factory=list)
     """A few examples, token by token, as text and whether trained."""
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import random
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 from tiny_tokenizers import CHATML_PLAIN, ENDLESS, MISTRAL, THINKING, byte_level, metaspace
+from tokenizers import Tokenizer, normalizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tunesmith.cluster.errors import DataError
+from tunesmith.trainers.builtin import builtin_folder
 from tunesmith.trainers.data import templates
 from tunesmith.trainers.data.encoding import Encoded, Encoder, encode
 from tunesmith.trainers.data.formats import Completion, Conversation, Text
@@ -214,3 +220,106 @@ def test_tokens_and_mask_equal_those_of_transformers_where_the_template_marks_th
     assert isinstance(ours, Encoded)
     assert ours.tokens.tolist() == theirs["input_ids"]
     assert ours.trained.astype(int).tolist() == theirs["assistant_masks"]
+
+
+ENDINGS = {
+    "hangul": " 됩니다",
+    "one syllable": "가",
+    "jamo": " 하\u11ab",
+    "emoji": " fine 🙂",
+    "family": " us 👨\u200d👩\u200d👧\u200d👦",
+    "skin tone": " 👍🏽",
+    "combining marks": " cafe\u0301 x\u0323\u0302",
+    "cjk": "漢字",
+    "rare cjk": " 𠮷",
+    "spaces": " two  ",
+}
+
+
+@pytest.fixture(scope="module", params=["bytes", "builtin"])
+def multibyte(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    """Tokenizers that make several tokens of a character."""
+    if request.param == "bytes":
+        return tiny_models.tokenizer()
+    folder: Path = builtin_folder("tiny-llama", tmp_path_factory.mktemp("builtin"))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("said", ENDINGS.values(), ids=list(ENDINGS))
+def test_a_completion_is_trained_to_the_last_byte_of_its_last_character(multibyte, said):
+    for prompt in ("", "Is it?", "안녕", "🙂"):
+        encoded = encode(Completion(prompt, said), multibyte, "assistant", None)
+        assert trained_text(encoded, multibyte) == [said + multibyte.eos_token]
+
+
+@pytest.mark.parametrize("said", ENDINGS.values(), ids=list(ENDINGS))
+def test_an_answer_is_trained_to_the_last_byte_of_its_last_character(multibyte, said):
+    plain = copy.deepcopy(multibyte)
+    plain.chat_template = CHATML_PLAIN
+    for tokenizer in (multibyte, plain):
+        for turns in (1, 4):  # by prefixes, and by placeholders
+            encoded = encode(chat(*["됩니까? 🙂", said] * turns), tokenizer, "assistant", "tokenizer")
+            assert trained_text(encoded, tokenizer) == [said + "<|im_end|>"] * turns
+
+
+def random_text(random_: random.Random) -> str:
+    ranges = ((32, 127), (0xC0, 0x250), (0x300, 0x36F), (0x1100, 0x1200), (0x4E00, 0x9FFF), (0xAC00, 0xD7A4))
+    ranges = (*ranges, (0x200B, 0x200E), (0x1F300, 0x1FAFF), (0x20000, 0x2A6DF), (32, 33), (9, 11))
+    return "".join(chr(random_.randrange(*random_.choice(ranges))) for _ in range(random_.randrange(1, 9)))
+
+
+def test_trained_tokens_are_those_of_the_completion_alone_wherever_the_prompts_are_too(multibyte):
+    generator, compared = random.Random(0), 0
+    examples = [Completion(random_text(generator), random_text(generator)) for _ in range(2000)]
+    for example, encoded in zip(examples, Encoder(multibyte, "assistant").encode(examples), strict=True):
+        asked, said, both = (
+            multibyte(text, add_special_tokens=False)["input_ids"]
+            for text in (example.prompt, example.completion, example.prompt + example.completion)
+        )
+        if asked + said == both:
+            compared += 1
+            assert isinstance(encoded, Encoded), (example, encoded)
+            assert encoded.tokens[encoded.trained].tolist() == [*said, multibyte.eos_token_id], example
+        elif isinstance(encoded, Encoded):  # cut elsewhere in the pair, but between the two all the same
+            assert multibyte.decode(encoded.tokens[encoded.trained]) == example.completion + multibyte.eos_token
+        else:
+            assert "begins inside a token" in encoded
+    assert compared > 1000
+
+
+def altered(part: str, value: object) -> PreTrainedTokenizerFast:
+    core = Tokenizer.from_str(byte_level().backend_tokenizer.to_str())
+    setattr(core, part, value)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
+
+
+def test_white_space_that_trimmed_offsets_leave_out_is_trained_too():
+    tokenizer = altered("post_processor", processors.ByteLevel(add_prefix_space=False, trim_offsets=True))
+    for prompt, said in (("What?", " 가  "), ("What? ", " It is"), ("a", "  b")):
+        encoded = encode(Completion(prompt, said), tokenizer, "assistant", None)
+        assert trained_text(encoded, tokenizer) == [f"{said}<|endoftext|>"]
+    assert "begins inside a token" in str(encode(Completion("What? ", "It is"), tokenizer, "assistant", None))
+
+
+def test_an_answer_that_begins_with_the_mark_of_a_composed_character_begins_inside_a_token():
+    tokenizer = altered("normalizer", normalizers.NFC())
+    assert "begins inside a token" in str(encode(Completion("cafe", "\u0301 x"), tokenizer, "assistant", None))
+    encoded = encode(Completion("a", " cafe\u0301"), tokenizer, "assistant", None)
+    assert trained_text(encoded, tokenizer) == [" caf\u00e9<|endoftext|>"]
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("turns", [3, 6])
+def test_turns_of_weight_zero_are_not_trained(marked, turns):
+    tokenizer = copy.deepcopy(byte_level(CHATML_TOKENS, CHATML_PLAIN))
+    example = chat(*[text for turn in range(turns) for text in ("ask", f"answer {turn}")])
+    example = Conversation(example.messages, untrained=(1, 5))
+    found = trained_text(encode(example, tokenizer, "assistant", "chatml" if marked else "tokenizer"), tokenizer)
+    assert found == [f"answer {turn}<|im_end|>" for turn in range(turns) if turn not in (0, 2)]
+
+
+def test_weights_that_leave_nothing_to_train_or_that_nothing_reads_make_a_reason():
+    tokenizer = byte_level(CHATML_TOKENS, CHATML_PLAIN)
+    example = Conversation(chat("ask", "answer").messages, untrained=(1,))
+    assert encode(example, tokenizer, "assistant", "tokenizer") == "every assistant turn has weight 0"
+    assert "loss_on: all" in str(encode(example, tokenizer, "all", "tokenizer"))

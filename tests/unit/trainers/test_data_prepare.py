@@ -84,6 +84,25 @@ def test_a_cached_data_set_marks_the_same_keys_as_the_one_that_was_built(tmp_pat
     assert [key for key in cached.unread_keys() if key.startswith("data")] == []
 
 
+def test_the_report_says_which_columns_are_ignored_and_which_share_equal_rows_moved(tmp_path, base):
+    rows = [{**row, "id": 7, "system": "Be kind."} for row in chats(2) for _ in range(30)]
+    rows[-1]["late"] = "x"
+    prepared = run(tmp_path, base, {"train": write(tmp_path / "a.jsonl", rows), "split": {"validation": 0.05}})
+    said = prepared.report.lines()
+    assert said[0].endswith("60 rows, 60 used; ignored columns: id, late")
+    assert "validation: 5 % asked, 50 % held out: equal rows stay together (58 duplicates)" in said
+    assert "Be kind." in byte_level(TOKENS, CHATML_PLAIN).decode(prepared.train.example(0)[0])
+
+
+def test_rows_that_differ_only_in_weights_stay_together(tmp_path, base):
+    rows = chats(4)
+    rows += [{"messages": [row["messages"][0], {**row["messages"][1], "weight": 1}] * 2} for row in rows]
+    rows += [{"messages": [*row["messages"][:3], {**row["messages"][3], "weight": 0}]} for row in rows[4:]]
+    prepared = run(tmp_path, base, {"train": write(tmp_path / "a.jsonl", rows), "split": {"validation": 0.5}})
+    held = set(prepared.validation.line.tolist())
+    assert all((line in held) == (line + 4 in held) for line in range(5, 9))
+
+
 def test_a_template_that_no_row_needs_is_not_read(tmp_path, base):
     recipe = recipe_of({"train": write(tmp_path / "a.jsonl", [{"text": "fox"}] * 3), "template": "chatml"}, "cpt")
     prepared = prepare(recipe, base, tmp_path / "cache")

@@ -113,6 +113,7 @@ def test_a_file_is_known_by_the_hash_of_its_bytes(tmp_path):
 
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+SYSTEM = {"role": "system", "content": "s"}
 
 
 @pytest.mark.parametrize(
@@ -130,6 +131,27 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, Conversation(CHAT, first_trained=1)),
         ({"text": "a"}, Text("a")),
         ({"messages": [CHAT[0], {**CHAT[1], "tool_calls": None}]}, Conversation(CHAT)),
+        ({"messages": CHAT, "system": "s"}, Conversation([SYSTEM, *CHAT])),
+        ({"messages": [SYSTEM, *CHAT], "system": "s"}, Conversation([SYSTEM, *CHAT])),
+        ({"messages": CHAT, "system": ""}, Conversation(CHAT)),
+        (
+            {"prompt": CHAT[:1], "completion": CHAT[1:], "system": "s"},
+            Conversation([SYSTEM, *CHAT], first_trained=2),
+        ),
+        (
+            {"messages": [CHAT[0], {**CHAT[1], "weight": 0}, CHAT[0], {**CHAT[1], "weight": 1}]},
+            Conversation(CHAT * 2, untrained=(1,)),
+        ),
+        (
+            {"messages": [CHAT[0], {**CHAT[1], "weight": 0}], "system": "s"},
+            Conversation([SYSTEM, *CHAT], untrained=(2,)),
+        ),
+        (
+            {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]},
+            Conversation([SYSTEM, *CHAT, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]),
+        ),
+        ({"instruction": "a", "output": "b", "history": []}, Conversation(CHAT)),
+        ({"instruction": "a", "output": "b", "history": ""}, Conversation(CHAT)),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, CHAT[1]]},
             Conversation(CHAT),
@@ -160,6 +182,31 @@ def test_rows_are_recognised_by_their_columns_and_brought_to_one_shape(row, expe
             "messages",
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
             "messages[0] has a part of type image: only text can be trained on",
+        ),
+        *[
+            (
+                "messages",
+                {"messages": [CHAT[0], {**CHAT[1], "weight": weight}]},
+                f"messages[1]: `weight` is {weight!r}: it may be 0 (not trained) or 1",
+            )
+            for weight in (0.5, 2, -1, True, "0")
+        ],
+        (
+            "messages",
+            {"messages": [SYSTEM, *CHAT], "system": "other"},
+            "`system` and the system turn that the messages begin with differ",
+        ),
+        ("messages", {"messages": CHAT, "system": 3}, "`system` is not text but a number"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": [["x"]]}, "history[0] is not [question, answer]"),
+        (
+            "alpaca",
+            {"instruction": "a", "output": "b", "history": "x"},
+            "`history` is not a list of [question, answer] but text",
+        ),
+        (
+            "alpaca",
+            {"instruction": "a", "output": "b", "history": [["x", 1]]},
+            "`history[0][1]` is not text but a number",
         ),
         ("prompt_completion", {"prompt": "a", "completion": ""}, "`completion` is empty"),
         ("alpaca", {"instruction": "a", "output": ["b"]}, "`output` is not text but a list"),
@@ -203,6 +250,27 @@ def test_equal_rows_stay_together():
     assert (chosen == chosen[0]).all()
     many_twins = split.assign([rows[0]] * 90 + rows[1:11], 0.1, 0.0)
     assert np.bincount(many_twins, minlength=3).tolist() == [90, 10, 0]
+
+
+def test_a_share_that_equal_rows_move_far_is_said():
+    rows = hashes(2)
+    twins = rows[:1] * 30 + rows[1:] * 30
+    said = "validation: 5 % asked, 50 % held out: equal rows stay together (58 duplicates)"
+    assert split.stray("validation", 0.05, 30, twins) == said
+    assert split.stray("validation", 0.5, 30, twins) is None
+    assert split.stray("test", 0.5, 10, twins) is not None
+    assert split.stray("test", 0.5, 10, hashes(60)) is None
+    assert split.stray("test", 0.0, 0, twins) is None
+
+
+def test_columns_that_hold_something_and_are_not_read_are_ignored():
+    assert formats.ignored({"messages": [], "system": "", "id": 3, "note": None, "source": "x"}, "messages") == [
+        "id",
+        "source",
+    ]
+    assert formats.ignored({"prompt": "a", "completion": "b", "system": "s"}, "prompt_completion") == ["system"]
+    assert formats.ignored({"prompt": [], "completion": [], "system": "s"}, "prompt_completion") == []
+    assert formats.ignored({"instruction": "a", "output": "b", "history": [], "tools": [1]}, "alpaca") == ["tools"]
 
 
 def test_rows_that_say_the_same_have_the_same_hash():

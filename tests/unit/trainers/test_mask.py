@@ -14,7 +14,7 @@ from tunesmith.cluster.artifacts import MaskReceipt
 from tunesmith.cluster.errors import ReceiptError
 from tunesmith.trainers.data.report import DataReport
 from tunesmith.trainers.data.tokens import Piece, Spool, TokenStore
-from tunesmith.trainers.receipts import mask
+from tunesmith.trainers.receipts import mask, mask_page
 
 TOKENIZER = tiny_models.tokenizer()
 END = frozenset({TOKENIZER.eos_token_id})
@@ -60,12 +60,20 @@ def test_an_answer_whose_end_is_not_trained_fails_and_is_named(tmp_path: Path) -
 
 
 def test_a_truncated_example_may_break_off(tmp_path: Path) -> None:
-    assert look(store(tmp_path, ("ask", "yes"), cut=True)).passed
+    receipt = look(store(tmp_path, ("ask", "yes"), ("ask", "no"), ("ask", "ok<|im_end|>"), cut=True))
+    assert receipt.passed
+    assert (receipt.cut_rows, receipt.assistant_turns, receipt.turns_with_trained_end) == (2, 1, 1)
+    assert [example["cut"] for example in receipt.examples] == [True, True, False]
+    shown = mask_page.page(receipt)
+    assert "every trained turn ends with its end-of-turn token but for 2 rows cut at max_length." in shown
+    assert shown.count("✂ cut at max_length") == 2
+    assert "but for 1 row cut" in mask_page.page(receipt.model_copy(update={"cut_rows": 1}))
 
 
 def test_all_tokens_trained_needs_no_turns(tmp_path: Path) -> None:
     receipt = look(store(tmp_path, ("", "plain text")), frozenset())
     assert receipt.passed
+    assert "end-of-turn" not in mask_page.page(receipt)
     assert receipt.trained_tokens == 9  # the first token has no predecessor, so nothing predicts it
 
 

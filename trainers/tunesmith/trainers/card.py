@@ -116,7 +116,7 @@ def _receipts(folder: Path, parity: ParityReceipt, split: str) -> str:
         mask = MaskReceipt.model_validate_json((folder / "mask.json").read_bytes())
         lines.append(
             f"- mask ({_verdict(mask.passed)}): {mask.trained_tokens:,} of {mask.tokens:,} tokens trained; "
-            "`receipts/mask.html` shows which"
+            f"{f'{mask.cut_rows:,} rows cut at max_length; ' if mask.cut_rows else ''}`receipts/mask.html` shows which"
         )
     ways = ", ".join(f"{way} {largest:.2g}" for way, largest in parity.differences.items())
     lines.append(

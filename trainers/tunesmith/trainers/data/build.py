@@ -70,6 +70,7 @@ class Builder:
         self.digests: dict[str, list[bytes]] = {"train": [], "validation": []}
         self.roles: list[str] = []
         self.names: dict[str, int] = {}
+        self.split_notes: list[str] = []
 
     def take(self, source: Source, role: str, index: int) -> None:
         """Encodes one source; `index` is its position in the recipe's list.
@@ -82,10 +83,14 @@ class Builder:
         fmt, columns = _recognise(source, first)
         report = SourceReport(path=source.path, role=role, format=fmt, columns=columns)
         self.reports.append(report)
+        ignored: dict[str, None] = {}
         for batch in _batched(chain(first, rows), _BATCH):
             report.rows += len(batch)
+            for raw in batch:
+                ignored.update(dict.fromkeys(formats.ignored(raw.row or {}, fmt)))
             used = [item for raw in batch if (item := self._usable(raw, fmt, report)) is not None]
             self._encode(used, report, index)
+        report.ignored = list(ignored)
 
     def finish(self) -> DataReport:
         """Checks the budget, writes the splits and quarantine.jsonl.
@@ -186,7 +191,12 @@ class Builder:
         """Split of each usable row: int8 [rows]."""
         shares = self.recipe.data.split
         own = self.recipe.data.validation is not None
-        chosen = split.assign(self.digests["train"], 0.0 if own else shares.validation, shares.test)
+        validation, test = 0.0 if own else shares.validation, shares.test
+        hashes = self.digests["train"]
+        chosen = split.assign(hashes, validation, test)
+        for name, number, share in (("validation", split.VALIDATION, validation), ("test", split.TEST, test)):
+            if note := split.stray(name, share, int(np.count_nonzero(chosen == number)), hashes):
+                self.split_notes.append(note)
         roles = np.asarray(self.roles)
         splits = np.full(len(roles), split.VALIDATION, dtype=np.int8)
         splits[roles == "train"] = chosen
@@ -209,6 +219,7 @@ class Builder:
             template=self.template,
             chat_template=self.encoder.renderer.template if self.encoder.renderer else None,
             end_of_turn=self.encoder.end_of_turn_id,
+            split_notes=self.split_notes,
             leaked_rows=sum(digest in trained for digest in self.digests["validation"]),
         )
 
@@ -256,8 +267,9 @@ def _batched(rows: Iterable[RawRow], size: int) -> Iterator[list[RawRow]]:
 
 
 def _content(example: Example) -> dict[str, Any]:
-    """What a row says, without the columns that nothing reads: rows that say the same belong to the same split."""
-    return {"kind": type(example).__name__, **vars(example)}
+    """What a row says, without what nothing reads and without weights: rows that say the same are in the same split."""
+    said = {name: value for name, value in vars(example).items() if name != "untrained"}
+    return {"kind": type(example).__name__, **said}
 
 
 def _listed(bad: list[BadRow]) -> str:

@@ -6,6 +6,7 @@ answer there is a reason instead of a guess.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -131,6 +132,8 @@ class Encoder:
         check_support(chat, self.renderer.template)
         try:
             if not self.only_assistant:
+                if chat.untrained:
+                    raise Inexact("a message has weight 0, and loss_on: all trains every token")
                 return _Written(self.renderer.render(chat.messages, chat.tools), None, special=False, end=False)
             assert self.end_of_turn is not None, "found when the template was"
             text, spans = trained_spans(chat, self.renderer, self.end_of_turn)
@@ -169,11 +172,18 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: str, t
 
 
 def _token_range(encoding: Encoding, text: str, start: int, stop: int) -> tuple[int, int]:
-    """First and last token of the characters [start, stop), which must begin and end with them."""
+    """First and last token of the characters [start, stop), which must begin and end with them.
+
+    A character may be several tokens (its bytes), of which the tokenizer finds the first.
+    """
     first, last = _token_at(encoding, range(start, stop)), _token_at(encoding, range(stop - 1, start - 1, -1))
     if first is None or last is None:
         raise Inexact("the tokenizer makes no token of the assistant's words")
-    begin, end = _characters(encoding, first)[0], _characters(encoding, last)[1]
+    while first and _is_within(encoding, first - 1, start, stop):
+        first -= 1
+    while last + 1 < len(encoding) and _is_within(encoding, last + 1, start, stop):
+        last += 1
+    begin, end = _begin(encoding, text, first, start), _characters(encoding, last)[1]
     if begin < start:
         raise Inexact(
             f"the answer begins inside a token ({text[begin:start][-10:]!r} and {text[start : start + 10]!r} are one): "
@@ -188,6 +198,30 @@ def _characters(encoding: Encoding, token: int) -> tuple[int, int]:
     characters = encoding.token_to_chars(token)
     assert characters is not None, f"token {token} was found by its characters"
     return characters
+
+
+def _is_within(encoding: Encoding, token: int, start: int, stop: int) -> bool:
+    """Whether the token begins in [start, stop). White space that the offsets leave out is at the end of what it was."""
+    characters = encoding.token_to_chars(token)
+    if characters is None:  # the tokenizer's own first or last token
+        return False
+    begin, end = characters
+    return start <= begin < stop if begin < end else start < end <= stop or start == end == 0
+
+
+def _begin(encoding: Encoding, text: str, first: int, start: int) -> int:
+    """Where the first token begins, also when its offsets do not say that it reaches into what precedes the answer."""
+    if (
+        start
+        and encoding.char_to_token(start) is None
+        and len(unicodedata.normalize("NFC", text[start - 1 : start + 1])) < 2
+    ):
+        return start - 1  # the tokenizer composed the two characters
+    begin = _characters(encoding, first)[0]
+    spaced = start and text[start - 1].isspace() and not text[start].isspace()
+    if spaced and begin == start and encoding.tokens[first].startswith("Ġ"):
+        return start - 1  # trimmed offsets: the space before is the token's
+    return begin
 
 
 def _token_at(encoding: Encoding, positions: range) -> int | None:

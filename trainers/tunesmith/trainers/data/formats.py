@@ -9,6 +9,14 @@ from typing import Any, Literal
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 
+_ALSO_READ: dict[Format, tuple[str, ...]] = {
+    "messages": ("system", "tools"),
+    "sharegpt": ("system", "tools"),
+    "alpaca": ("input", "system", "history"),
+    "prompt_completion": ("system", "tools"),
+    "text": (),
+}
+
 COLUMNS: dict[Format, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -36,11 +44,15 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """A chat. Only the assistant's turns from message `first_trained` on may be trained: what is before is a prompt."""
+    """A chat. Only the assistant's turns from message `first_trained` on may be trained: what is before is a prompt.
+
+    `untrained` has the positions of the messages whose `weight` is 0.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
     first_trained: int = 0
+    untrained: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,14 @@ def detect(columns: Collection[str]) -> Format | None:
     return None
 
 
+def ignored(row: dict[str, Any], fmt: Format) -> list[str]:
+    """The columns of a row that hold something and are not read."""
+    read = {*COLUMNS[fmt], *_ALSO_READ[fmt]}
+    if fmt == "prompt_completion" and isinstance(_parsed(row.get("prompt")), str):
+        read = set(COLUMNS[fmt])
+    return [str(column) for column, value in row.items() if column not in read and value not in (None, "")]
+
+
 def normalise(row: dict[str, Any], fmt: Format) -> Example | str:
     """The row as an example, or the reason why it cannot be used."""
     missing = [column for column in COLUMNS[fmt] if row.get(column) is None]
@@ -90,23 +110,35 @@ def _from_messages(row: dict[str, Any]) -> Example:
 
 
 def _from_sharegpt(row: dict[str, Any]) -> Example:
-    turns = _turns(row["conversations"], "conversations")
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": system}, *turns]
-    return _conversation(turns, row)
+    return _conversation(_turns(row["conversations"], "conversations"), row)
 
 
 def _from_alpaca(row: dict[str, Any]) -> Example:
-    """Instruction and input make the user's turn, a blank line between them."""
+    """Instruction and input make the user's turn, a blank line between them; `history` makes the turns before it."""
     asked = _words(row["instruction"], "instruction")
     if row.get("input") not in (None, ""):
         asked += "\n\n" + _words(row["input"], "input")
-    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": _words(row["output"], "output")}]
-    system = row.get("system")
-    if isinstance(system, str) and system.strip():
-        messages.insert(0, {"role": "system", "content": system})
-    return Conversation(messages)
+    exchanges = [*_history(row.get("history")), (asked, _words(row["output"], "output"))]
+    said = [
+        turn
+        for question, answer in exchanges
+        for turn in ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+    ]
+    return Conversation(_system(row) + said)
+
+
+def _history(value: Any) -> list[tuple[str, str]]:
+    value = _parsed(value)
+    if value in (None, ""):
+        return []
+    if not isinstance(value, list):
+        raise _Unusable(f"`history` is not a list of [question, answer] but {_kind(value)}")
+    pairs = []
+    for index, pair in enumerate(value):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise _Unusable(f"history[{index}] is not [question, answer]")
+        pairs.append((_words(pair[0], f"history[{index}][0]"), _words(pair[1], f"history[{index}][1]")))
+    return pairs
 
 
 def _from_prompt_completion(row: dict[str, Any]) -> Example:
@@ -146,7 +178,22 @@ def _conversation(turns: list[dict[str, Any]], row: dict[str, Any], first_traine
     tools = _parsed(row.get("tools"))
     if tools is not None and not isinstance(tools, list):
         raise _Unusable(f"`tools` is not a list but {_kind(tools)}")
-    return Conversation(turns, tools or None, first_trained)
+    system = _system(row)
+    if system and turns[0]["role"] == "system":
+        if turns[0]["content"].strip() != system[0]["content"].strip():
+            raise _Unusable("`system` and the system turn that the messages begin with differ")
+        system = []
+    turns = system + turns
+    untrained = tuple(index for index, turn in enumerate(turns) if turn.pop("weight", 1) == 0)
+    return Conversation(turns, tools or None, first_trained and first_trained + len(system), untrained)
+
+
+def _system(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The row's `system` as a turn, if it has one."""
+    system = row.get("system")
+    if system is not None and not isinstance(system, str):
+        raise _Unusable(f"`system` is not text but {_kind(system)}")
+    return [{"role": "system", "content": system}] if system and system.strip() else []
 
 
 def _turns(value: Any, column: str) -> list[dict[str, Any]]:
@@ -172,6 +219,8 @@ def _turn(item: Any, where: str) -> dict[str, Any]:
     content = _content(item.pop(content_key, None), where, content_key, "tool_calls" in item)
     if not content.strip() and _ROLES[role] in ("user", "assistant") and "tool_calls" not in item:
         raise _Unusable(f"{where}: the {_ROLES[role]}'s content is empty")
+    if (weight := item.get("weight", 1)) not in (0, 1) or isinstance(weight, bool):
+        raise _Unusable(f"{where}: `weight` is {weight!r}: it may be 0 (not trained) or 1")
     return {"role": _ROLES[role], "content": content, **item}
 
 

@@ -13,6 +13,10 @@ FORMAT_NAMES = {
 }
 
 
+_NAMED = 8
+"""Ignored columns that a line names."""
+
+
 class BadRow(BaseModel):
     """A row that was not used."""
 
@@ -32,6 +36,8 @@ class SourceReport(BaseModel):
     """`train` or `validation`: the list of the recipe that names it."""
     format: str
     columns: list[str]
+    ignored: list[str] = []
+    """Columns that hold something and are not read."""
     rows: int = 0
     used: int = 0
     bad: int = 0
@@ -76,6 +82,8 @@ class DataReport(BaseModel):
     """The template itself, as the artifact's tokenizer must carry it."""
     end_of_turn: int | None = None
     """Token that ends an assistant's turn; None when no row is a conversation or every token is trained."""
+    split_notes: list[str] = []
+    """Shares that equal rows, which stay together, have moved far from what was asked."""
     leaked_rows: int = 0
     """Rows of `data.validation` that are also trained on."""
 
@@ -90,6 +98,7 @@ class DataReport(BaseModel):
         for name, split in self.splits.items():
             if split.rows:
                 said.append(f"{name}: {split.rows:,} rows, {split.tokens:,} tokens, {split.trained_tokens:,} trained")
+        said.extend(self.split_notes)
         if self.template:
             said.append(f"conversations follow the template {self.template}; loss on {self.loss_on}")
         if self.max_length_note:
@@ -106,4 +115,8 @@ def _source_line(source: SourceReport) -> str:
     for name in ("bad", "truncated", "dropped", "split"):
         if count := getattr(source, name):
             counts.append(f"{count:,} {name}")
-    return f"{source.path}: {FORMAT_NAMES[source.format]}, {', '.join(counts)}"
+    said = f"{source.path}: {FORMAT_NAMES[source.format]}, {', '.join(counts)}"
+    if not source.ignored:
+        return said
+    more = f" and {len(source.ignored) - _NAMED:,} more" if len(source.ignored) > _NAMED else ""
+    return f"{said}; ignored columns: {', '.join(source.ignored[:_NAMED])}{more}"

@@ -38,6 +38,15 @@ def assign(hashes: list[bytes], validation: float, test: float) -> np.ndarray:
     return split_of_group[group_of_row.reshape(-1)]
 
 
+def stray(name: str, share: float, held: int, hashes: list[bytes]) -> str | None:
+    """What to say of a share that equal rows have moved far from what was asked: past 1.5 times, or under half."""
+    asked, duplicates = _target(share, len(hashes)), len(hashes) - len(set(hashes))
+    if not duplicates or 0.5 * asked <= held <= 1.5 * asked:
+        return None
+    shares = f"{name}: {100 * share:.3g} % asked, {100 * held / len(hashes):.3g} % held out"
+    return f"{shares}: equal rows stay together ({duplicates:,} duplicates)"
+
+
 def _target(share: float, rows: int) -> int:
     return max(1, round(share * rows)) if share > 0 and rows >= 2 else 0
 

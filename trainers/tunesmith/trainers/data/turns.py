@@ -30,10 +30,11 @@ def trained_spans(chat: Conversation, renderer: Renderer, end_of_turn: str) -> t
         jinja2.TemplateError and what else the template's own code may raise.
     """
     messages, first = chat.messages, chat.first_trained
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= first]
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= first]
+    turns = [index for index in answers if index not in chat.untrained]
     if not turns:
-        raise Inexact("no assistant turn")
-    if renderer.marks_generation and first == 0:
+        raise Inexact("every assistant turn has weight 0" if answers else "no assistant turn")
+    if renderer.marks_generation and first == 0 and turns == answers:
         text, marked = renderer.render_spans(chat)
         return text, [_through_end(text, start, stop, end_of_turn) for start, stop in marked if stop > start]
     text = renderer.render(messages, chat.tools)

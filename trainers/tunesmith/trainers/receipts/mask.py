@@ -73,24 +73,28 @@ def inspect(
     """
     counts = np.zeros((len(sources), 3), dtype=np.int64)  # examples, tokens, labels
     turns = np.zeros(2, dtype=np.int64)
+    cut: set[str] = set()
     shown: list[dict[str, Any]] = []
     endless: list[dict[str, Any]] = []
 
-    def look(example: int, tokens: np.ndarray, labelled: np.ndarray) -> dict[str, Any]:
+    def look(example: int, tokens: np.ndarray, labelled: np.ndarray, breaks_off: bool) -> dict[str, Any]:
         where, source = store.where(example), sources[store.source[example]]
-        return {"where": where, "source": source, **_show(tokens, labelled, tokenizer)}
+        return {"where": where, "source": source, "cut": breaks_off, **_show(tokens, labelled, tokenizer)}
 
     for packed in packs:
         for example, tokens, labelled in _examples(store, packed):
             counts[store.source[example]] += (1, len(tokens), labelled.sum())
+            breaks_off = bool(ends and store.cut[example] and labelled[-1] and tokens[-1] not in ends)
+            if breaks_off:
+                cut.add(store.where(example))
             if ends:
-                ended = _turns_with_end(tokens, labelled, ends, bool(store.cut[example]))
+                ended = _turns_with_end(tokens, labelled, ends, breaks_off)
                 turns += ended
                 if ended[0] != ended[1] and len(endless) < 3:
-                    endless.append(look(example, tokens, labelled))
+                    endless.append(look(example, tokens, labelled, breaks_off))
                     continue
             if len(shown) < SHOWN:
-                shown.append(look(example, tokens, labelled))
+                shown.append(look(example, tokens, labelled, breaks_off))
     problems = _problems(counts, turns, [example["where"] for example in endless], tokenizer, ends)
     return MaskReceipt(
         passed=not problems,
@@ -103,6 +107,7 @@ def inspect(
         trained_tokens=int(counts[:, 2].sum()),
         assistant_turns=int(turns[0]),
         turns_with_trained_end=int(turns[1]),
+        cut_rows=len(cut),
         examples=[*endless, *shown][:SHOWN],
     )
 
@@ -125,14 +130,16 @@ def _examples(store: TokenStore, packed: Sequence[int]) -> Iterable[tuple[int, n
         yield example, tokens_T[start : start + length], labelled_T[start : start + length]
 
 
-def _turns_with_end(tokens: np.ndarray, labelled: np.ndarray, ends: frozenset[int], is_cut: bool) -> tuple[int, int]:
+def _turns_with_end(
+    tokens: np.ndarray, labelled: np.ndarray, ends: frozenset[int], breaks_off: bool
+) -> tuple[int, int]:
     """Trained turns of an example, and those of them whose last trained token ends the turn.
 
-    A turn is a run of labelled tokens. The last run of an example that was truncated may break off.
+    A turn is a run of labelled tokens. The last one of an example that breaks off is not counted.
     """
     edges = np.flatnonzero(np.diff(np.concatenate(([False], labelled, [False])).astype(np.int8)))
     lasts = edges[1::2] - 1
-    if is_cut and len(lasts) and lasts[-1] == len(tokens) - 1:
+    if breaks_off:
         lasts = lasts[:-1]
     return len(lasts), int(np.isin(tokens[lasts], list(ends)).sum())
 

@@ -35,6 +35,7 @@ pre { margin:0; padding:14px 16px; white-space:pre-wrap; overflow-wrap:anywhere;
   font:13.5px/1.65 ui-monospace,"SFMono-Regular",Menlo,Consolas,monospace }
 mark { background:var(--on-bg); color:var(--on); border-radius:3px; padding:1px 0; box-decoration-break:clone;
   -webkit-box-decoration-break:clone }
+.cut { color:var(--bad); background:var(--bad-bg); border-radius:3px }
 .legend { font-size:13.5px; color:var(--soft); margin:0 0 12px }
 """
 
@@ -42,7 +43,7 @@ mark { background:var(--on-bg); color:var(--on); border-radius:3px; padding:1px 
 def page(receipt: MaskReceipt) -> str:
     """The whole HTML document."""
     verdict = (
-        '<p class="verdict good">Passed: tokens are trained, and every trained turn ends with its end-of-turn token.</p>'
+        f'<p class="verdict good">Passed: {passed(receipt)}.</p>'
         if receipt.passed
         else f'<p class="verdict bad">Failed. {escape(" ".join(receipt.problems))}</p>'
     )
@@ -70,6 +71,16 @@ def page(receipt: MaskReceipt) -> str:
 """
 
 
+def passed(receipt: MaskReceipt) -> str:
+    """What a receipt that passed has shown."""
+    said = "tokens are trained"
+    if receipt.assistant_turns or receipt.cut_rows:
+        said += ", and every trained turn ends with its end-of-turn token"
+    if receipt.cut_rows:
+        said += f" but for {receipt.cut_rows:,} {'row' if receipt.cut_rows == 1 else 'rows'} cut at max_length"
+    return said
+
+
 def _source_row(counts: Any) -> str:
     share = _share(counts.trained_tokens, counts.tokens)
     bar = f'<i><u style="width:{share if counts.tokens else "0%"}"></u></i>'
@@ -84,6 +95,7 @@ def _example(example: dict[str, Any]) -> str:
         f"<mark>{escape(span['text'])}</mark>" if span["trained"] else escape(span["text"]) for span in example["spans"]
     )
     more = f"\n… {example['not_shown']:,} more tokens" if example["not_shown"] else ""
+    more += '<i class="cut"> ✂ cut at max_length</i>' if example.get("cut") else ""
     trained = f"{example['trained_tokens']:,} of {example['tokens']:,} tokens trained"
     return f"<article><header><span>{escape(example['where'])}</span><span>{trained}</span></header><pre>{spans}{more}</pre></article>"
 
