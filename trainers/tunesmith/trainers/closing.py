@@ -55,10 +55,11 @@ def summary(recipe: Recipe, result: Result, arguments: list[str]) -> str:
             f"  held-out loss       {loss}",
             f"  receipts            mask {PASSED[found.mask_passed]}, parity {PASSED[found.parity_passed]}",
             *picture,
-            "What to type next:",
+            "To load it, in Python:",
             f"  from {library} import {kind}",
-            f'  model = {kind}.from_pretrained("{result.artifact}")   in Python',
-            f"  {shlex.join([program(), *arguments])}   shows this again",
+            f'  model = {kind}.from_pretrained("{result.artifact}")',
+            "To see this again:",
+            f"  {shlex.join([program(), *arguments])}",
         ]
     )
 
