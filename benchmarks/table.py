@@ -36,7 +36,10 @@ def tables(reports: list[dict[str, Any]]) -> str:
     lines = [line for report in reports for line in report["lines"]]
     compared = "".join(compared_row(line) for line in lines if "ratio" in line)
     stalled = "".join(stall_row(line) for line in lines if "share" in line)
-    settings = "".join(f"- `benchmarks/{report['name']}.py`: {report['setting']}\n" for report in reports)
+    settings = "".join(
+        f"- `benchmarks/{report['name']}.py` (load {report['machine']['load_average']}): {report['setting']}\n"
+        for report in reports
+    )
     return f"{COMPARISONS}{compared}\n{STALLS}{stalled}\n{footnote(reports)}\n\n{settings}"
 
 
@@ -71,8 +74,9 @@ def footnote(reports: list[dict[str, Any]]) -> str:
     machine = reports[0]["machine"]
     libraries = ", ".join(f"{name} {number}" for name, number in machine["libraries"].items())
     return (
-        f"Medians over interleaved rounds, with the lowest and highest ratio of a round. Losses are compared before any "
-        f"ratio is printed. {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+        "Medians over interleaved rounds, with the lowest and highest ratio of a round. Losses are compared before any "
+        "ratio is printed. The load is the machine's average when a measurement ended: well above the number of cores, "
+        f"other work took part of it. {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
         f"Python {machine['python']}, {libraries}."
     )
 
