@@ -128,8 +128,8 @@ def processes_below(pid: int) -> list[int]:
     return [found for child in children for found in (child, *processes_below(child))]
 
 
-def wait_for_end_of(pids: list[int]) -> None:
-    deadline = time.monotonic() + 30
+def wait_for_end_of(pids: list[int], patience_s: float = 30) -> None:
+    deadline = time.monotonic() + patience_s
     while left := [pid for pid in pids if is_alive(pid)]:
         assert time.monotonic() < deadline, f"processes {left} are still there"
         time.sleep(0.1)
