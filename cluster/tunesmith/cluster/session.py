@@ -158,6 +158,8 @@ class RaySession:
 
     def _connect(self) -> bool:
         """Whether this call connected, and close() must disconnect."""
+        if self.address is not None:
+            require_answer(self.address)
         logging.getLogger("ray").setLevel(logging.ERROR)  # importing Ray in a thread warns about signal handlers
         import ray
 
@@ -168,7 +170,6 @@ class RaySession:
         # Ray prints what its raylet has to say, such as a killed worker, on our standard output, which carries data.
         driver.print_to_stdstream = _drop_ray_output
         if self.address is not None:
-            require_answer(self.address)
             from ray._private.authentication import authentication_token_setup as tokens
 
             logging.getLogger("ray").setLevel(logging.ERROR)
