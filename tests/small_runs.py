@@ -17,6 +17,8 @@ import yaml
 from tunesmith.cluster.metrics import read_metrics
 
 PATIENCE_S = 300.0
+ACCUMULATION = 4
+"""Micro-batches a step of `small_recipe`."""
 
 
 def write_rows(path: Path, count: int = 240) -> Path:
@@ -39,7 +41,7 @@ def small_recipe(name: str, base: Path, rows: Path, output: Path) -> dict[str, A
         "train": {
             "learning_rate": 1e-3,
             "epochs": 2,
-            "gradient_accumulation_steps": 4,
+            "gradient_accumulation_steps": ACCUMULATION,
             "precision": "fp32",
             "save_steps": 3,
         },
@@ -57,12 +59,13 @@ def write_recipe(folder: Path, recipe: dict[str, Any]) -> Path:
 class Command:
     """`tunesmith train RECIPE --json`, as a shell runs it."""
 
-    def __init__(self, recipe: Path, *options: str) -> None:
+    def __init__(self, recipe: Path, *options: str, environment: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tunesmith.cluster.main", "train", str(recipe), "--json", *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=os.environ | (environment or {}),
             start_new_session=True,  # of which it is the process group's leader, as under a shell with a terminal
         )
 

@@ -17,6 +17,9 @@ from small_runs import Command
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers.stopping import ONE_STOP_S
 
+KILLER = Path(__file__).with_name("mid_accumulation")
+"""Kills a worker from within its process, where a signal from outside would come too early or too late."""
+
 
 @dataclass
 class Bench:
@@ -54,8 +57,8 @@ def unbroken(bench: Bench) -> Path:
 def start() -> Iterator[Callable[..., Command]]:
     commands: list[Command] = []
 
-    def begin(recipe: Path, *options: str) -> Command:
-        commands.append(Command(recipe, *options))
+    def begin(recipe: Path, *options: str, environment: dict[str, str] | None = None) -> Command:
+        commands.append(Command(recipe, *options, environment=environment))
         return commands[-1]
 
     yield begin
@@ -87,6 +90,20 @@ def test_after_every_lost_worker_the_run_goes_on_and_is_the_unbroken_one(
     assert said.count("warning: attempt") == 3, said
     assert "Traceback" not in said
     assert len(out.splitlines()) == 1
+    assert_the_same_run(run, unbroken)
+
+
+def test_a_worker_lost_between_the_micro_batches_of_a_step_changes_nothing(
+    bench: Bench, unbroken: Path, start: Callable[..., Command]
+):
+    run, marker, step, micro = bench.run("mid-step"), bench.folder / "was-killed", 5, 2
+    passes = step * small_runs.ACCUMULATION + micro
+    path = os.pathsep.join(filter(None, [str(KILLER), os.environ.get("PYTHONPATH")]))
+    environment = {"PYTHONPATH": path, "KILL_AFTER_BACKWARD": f"1:{passes}:{marker}"}
+    code, _, said = start(bench.recipe("mid-step"), environment=environment).finish()
+    assert code == 0, said
+    assert marker.exists(), "no worker was killed"
+    assert said.count("warning: attempt") == 1, said
     assert_the_same_run(run, unbroken)
 
 
