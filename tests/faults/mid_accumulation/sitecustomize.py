@@ -24,7 +24,8 @@ class KillAfterBackward:
             return None
         sys.meta_path.remove(cls)
         spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.loader is not None, f"{name} is not installed"
+        assert spec is not None, f"{name} is not installed"
+        assert spec.loader is not None, f"{name} has no code"
         run_module = spec.loader.exec_module
 
         def run_and_watch(module: ModuleType) -> None:
