@@ -38,7 +38,7 @@ def build_engine(recipe: Recipe, base: BaseRef, device: torch.device) -> Any:
     engine, *_ = deepspeed.initialize(
         model=policy,
         optimizer=_optimizer(recipe, policy),
-        config=config,
+        config=zero.with_buckets(config, _trainable(policy)),
         dist_init_required=False,
     )
     return engine
@@ -69,6 +69,11 @@ def _optimizer(recipe: Recipe, policy: nn.Module) -> torch.optim.Optimizer:
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def _trainable(policy: nn.Module) -> int:
+    """Trainable weights of the whole model, however they are sharded."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
 
 
 def _dimensions(parameter: nn.Parameter) -> int:

@@ -86,16 +86,23 @@ def build(
     Raises:
         ModelError: Transformers does not know the architecture, weights are missing, or a LoRA target matches nothing.
     """
+    shards_at_load = zero3 and recipe.model.quantization is None
+    model = _load(recipe, base, device, dtype, (deepspeed_config or _zero3_config(dtype)) if shards_at_load else None)
+    return adapt(model, recipe, base=base.loadable, revision=base.revision, dtype=dtype)
+
+
+def adapt(model: Any, recipe: Recipe, *, base: str, revision: str | None, dtype: torch.dtype) -> nn.Module:
+    """A loaded base made ready to train: adapted, its experts ZeRO-3 leaves, its activations checkpointed or not.
+
+    Raises:
+        ModelError: a LoRA target matches nothing.
+    """
     from tunesmith.trainers import moe
     from tunesmith.trainers.adaptations import full, lora
 
-    shards_at_load = zero3 and recipe.model.quantization is None
-    model = _load(recipe, base, device, dtype, (deepspeed_config or _zero3_config(dtype)) if shards_at_load else None)
     spec = recipe.adaptation
     if isinstance(spec, Lora):
-        adapted = lora.adapt(
-            model, spec, base=base.loadable, revision=base.revision, seed=recipe.train.seed, dtype=dtype
-        )
+        adapted = lora.adapt(model, spec, base=base, revision=revision, seed=recipe.train.seed, dtype=dtype)
     else:
         adapted = full.adapt(model, spec)
     moe.make_leaves(adapted)

@@ -1,0 +1,163 @@
+"""The model that a run would build, without its weights: for fake tensors, at any number of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunesmith.cluster.errors import ModelError
+from tunesmith.cluster.recipe.schema import Recipe
+
+HF_ATTENTION = "tunesmith_planned"
+_UNEVEN_KEYS = ("mlp_only_layers", "first_k_dense_replace", "moe_layers", "no_rope_layers")
+_ALIKE = {"full_attention", "sliding_attention", "chunked_attention"}
+_BY_LAYER = ("layers_to_transform", "layers_pattern", "layer_replication", "rank_pattern", "alpha_pattern", "adapter_layers")
+
+
+def layers_of(config: dict[str, Any]) -> int:
+    """Number of decoder layers that a model's config names.
+
+    Raises:
+        ModelError: it names none.
+    """
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        if isinstance(config.get(key), int):
+            return config[key]
+    raise ModelError(f"model.base: its config names no number of layers (model_type {config.get('model_type')})")
+
+
+def sample_depths(config: dict[str, Any], adapter: dict[str, Any] | None) -> tuple[int, int] | None:
+    """Two depths whose simulations give every depth; None when layers differ, so that all must be simulated.
+
+    Args:
+        config: the model's.
+        adapter: what PEFT is given, if anything.
+    """
+    depth = layers_of(config)
+    uneven = any(config.get(key) for key in _UNEVEN_KEYS) or (config.get("decoder_sparse_step") or 1) > 1
+    by_layer = adapter is not None and (
+        any(adapter.get(key) for key in _BY_LAYER) or any(letter.isdigit() for letter in _targets_by_path(adapter))
+    )
+    kinds = config.get("layer_types") or []
+    if depth <= 3 or uneven or by_layer or not set(kinds) <= _ALIKE:
+        return None
+    return 2, 3
+
+
+def at_depth(config: dict[str, Any], depth: int) -> dict[str, Any]:
+    """The config of the same model with fewer or more layers."""
+    changed = dict(config)
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        if key in changed:
+            changed[key] = depth
+    if changed.get("layer_types"):
+        kinds = changed["layer_types"]
+        changed["layer_types"] = [kinds[index % len(kinds)] for index in range(depth)]
+    return changed
+
+
+def causal_lm(config: dict[str, Any], dtype: torch.dtype, quantization: str | None) -> Any:
+    """A causal language model as `from_pretrained` would load it, with weights of no value.
+
+    Raises:
+        ModelError: Transformers does not know the architecture.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    try:
+        about = AutoConfig.for_model(**config)
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(about, dtype=dtype)
+        model.tie_weights()
+    except (ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"model.base: no model can be built from its config: {reason}") from error
+    if quantization is not None:
+        _quantize(model, quantization, dtype)
+    return model
+
+
+def our_policy(recipe: Recipe, config: dict[str, Any], dtype: torch.dtype, on_gpu: bool) -> Callable[[], nn.Module]:
+    """Makes the policy of our loop, as `engine.build_engine` does before DeepSpeed gets it."""
+
+    def build() -> nn.Module:
+        from tunesmith.trainers import attention, models, moe
+        from tunesmith.trainers.policy import Policy
+
+        model = causal_lm(config, dtype, recipe.model.quantization)
+        adapted = models.adapt(model, recipe, base="planned", revision=None, dtype=dtype)
+        path = attention.choose(recipe.model.attention, torch.device("cuda" if on_gpu else "cpu"), dtype)
+        coefficient = recipe.model.router_aux_loss_coef if moe.moe_blocks(adapted) else None
+        return Policy(adapted, path, coefficient)
+
+    return build
+
+
+def hf_model(recipe: Recipe, config: dict[str, Any], dtype: torch.dtype, adapter_fp32: bool) -> Callable[[], nn.Module]:
+    """Makes what the HF Trainer is given: a Transformers model, or PEFT's wrapper around one.
+
+    Args:
+        adapter_fp32: PEFT's default without DeepSpeed, which keeps its own fp32 copy.
+    """
+
+    def build() -> nn.Module:
+        from tunesmith.trainers import models
+
+        model = causal_lm(config, dtype, recipe.model.quantization)
+        if recipe.train.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _attend_as_full_rows(model)
+        return models.adapt_as_peft(model, recipe, adapter_fp32)
+
+    return build
+
+
+def _attend_as_full_rows(model: Any) -> None:
+    """Rows of one length need no mask; Transformers would make one because it sees fake tensors."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> Any:
+        del attention_mask
+        output = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=options.get("scaling"), enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return output.transpose(1, 2).contiguous(), None
+
+    ALL_ATTENTION_FUNCTIONS.register(HF_ATTENTION, attend)
+    model.config._attn_implementation = HF_ATTENTION
+
+
+def _quantize(model: Any, quantization: str, dtype: torch.dtype) -> None:
+    """Replaces linear layers by bitsandbytes' and packs their weights, as loading does."""
+    import bitsandbytes as bnb
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    from tunesmith.trainers.models import keep_codes, quantization_config
+
+    settings = quantization_config(quantization, dtype)
+    shapes = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    replace_with_bnb_linear(
+        model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=settings
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            plain = shapes[name].weight
+            weight = bnb.nn.Params4bit(
+                torch.empty_like(plain), requires_grad=False, quant_type="nf4", compress_statistics=True, quant_storage=dtype
+            )
+            module.weight = weight._quantize(plain.device)
+    keep_codes(model)
+
+
+def _targets_by_path(adapter: dict[str, Any]) -> str:
+    """The targets that are full names or expressions: those with digits in a path may pick single layers."""
+    targets = adapter.get("target_modules") or []
+    return " ".join(target for target in ([targets] if isinstance(targets, str) else targets) if "." in target)

@@ -1,0 +1,89 @@
+"""What fake tensors cannot do by themselves, for the code of others that was not written for them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ATTENTION = "tunesmith_planned"
+
+
+@contextmanager
+def pretending() -> Iterator[None]:
+    """Within it models and adapters can be built and run on fake tensors; enter it inside a `FakeTensorMode`."""
+    replaced = [(nn.Module, "_apply", _apply), (torch, "block_diag", _block_diagonal)]
+    if (boft := sys.modules.get("peft.tuners.boft.layer")) is not None:
+        replaced.append((boft.BOFTLayer, "perm2mat", _permutation_matrix))
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    for owner, name, stand_in in replaced:
+        setattr(owner, name, stand_in)
+    try:
+        with _AnyValue():
+            yield
+    finally:
+        for owner, name, original in saved:
+            setattr(owner, name, original)
+
+
+class _AnyValue(TorchDispatchMode):
+    """Answers `.item()`, which fake tensors refuse: yes, 0 or 0.5.
+
+    Adapters ask for values while they initialise (permutations, masks), and models whether all positions follow each
+    other, in which case they leave out a mask. No size depends on the answer.
+    """
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        try:
+            return function(*arguments, **(options or {}))
+        except DataDependentOutputException:
+            asked = arguments[0].dtype
+            return True if asked == torch.bool else 0.5 if asked.is_floating_point else 0
+
+
+def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply`, which cannot swap fake parameters that something refers to."""
+    for child in module.children() if recurse else ():
+        child._apply(change)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            with torch.no_grad():
+                changed = change(parameter)
+            if changed is not parameter:
+                parameter.data = changed
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = change(buffer)
+    return module
+
+
+def _permutation_matrix(_layer: nn.Module, indices: Tensor) -> Tensor:
+    """PEFT's `BOFTLayer.perm2mat` writes its ones one by one, which takes fake tensors a minute."""
+    return torch.zeros(len(indices), len(indices))
+
+
+def _block_diagonal(*blocks: Tensor) -> Tensor:
+    """`torch.block_diag` of equal blocks in one operation: of thousands of blocks (BOFT) it would take a minute."""
+    result: Tensor = _BlockDiagonal.apply(*blocks)  # pyright: ignore[reportAssignmentType]
+    return result
+
+
+class _BlockDiagonal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *blocks: Tensor) -> Tensor:
+        ctx.like = blocks[0].shape
+        ctx.count = len(blocks)
+        rows, columns = blocks[0].shape
+        return blocks[0].new_zeros(rows * len(blocks), columns * len(blocks))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+        return grad_outputs[0].new_zeros(ctx.count, *ctx.like).unbind(0)

@@ -1,0 +1,294 @@
+"""A training step on fake tensors: every allocation of the real one, in its order, without weights or a device.
+
+The model is the one the run would build, at a few layers; what was alive at the worst moment of each part of the step is
+a straight line in the number of layers, so a few of them give any number exactly (see `extrapolate`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tunesmith.trainers.batch import Batch, Forest
+from tunesmith.trainers.memory.fakes import pretending
+from tunesmith.trainers.memory.tracker import ACTIVATIONS, Bytes, MemoryTracker
+
+Keeping = Literal["kept", "freed", "freed_as_fp32"]
+"""What the engine does with a gradient that backward has made: keeps it, or moves it to a buffer (by way of an fp32
+copy), after which only the buffer is there."""
+
+WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer state"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of one micro-batch.
+
+    Attributes:
+        lengths: tokens of each segment in the packed row.
+        labels: labelled tokens.
+    """
+
+    lengths: tuple[int, ...]
+    labels: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @staticmethod
+    def full(rows: int, length: int) -> Shape:
+        """The largest micro-batch there can be: every row full, every token but the first of a row a label."""
+        return Shape((length,) * rows, rows * (length - 1))
+
+
+class ParameterKind(NamedTuple):
+    """What parameters of one size have in common."""
+
+    elements: int
+    """Elements of each, as stored: packed 4-bit weights count by their storage."""
+    item: int
+    """Bytes of an element."""
+    is_trainable: bool
+    is_added: bool
+    """Whether an adapter has brought it."""
+
+
+@dataclass
+class Simulation:
+    """What a step of a model of some depth allocates on one device, before anything is sharded.
+
+    Attributes:
+        windows: for each part of the step, bytes by cause when most were alive; weights left out.
+        parameters: how many there are of each kind, shared ones once.
+        fixed_bytes: of what is no parameter: buffers, and the scales of quantised weights.
+    """
+
+    windows: dict[str, Bytes] = field(default_factory=dict)
+    parameters: dict[ParameterKind, float] = field(default_factory=dict)
+    fixed_bytes: float = 0
+
+    def elements(self, chosen: Callable[[ParameterKind], bool] = lambda _kind: True) -> int:
+        """Elements of the parameters of the chosen kinds."""
+        return round(sum(kind.elements * count for kind, count in self.parameters.items() if chosen(kind)))
+
+    def bytes(self, chosen: Callable[[ParameterKind], bool] = lambda _kind: True) -> int:
+        """Bytes of the parameters of the chosen kinds."""
+        return round(sum(kind.elements * kind.item * count for kind, count in self.parameters.items() if chosen(kind)))
+
+    @property
+    def trainable(self) -> int:
+        """Elements that are trained."""
+        return self.elements(lambda kind: kind.is_trainable)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest parameter."""
+        return max(kind.elements for kind in self.parameters)
+
+
+def extrapolate(shallow: Simulation, deep: Simulation, depths: tuple[int, int], depth: int) -> Simulation:
+    """The simulation of another depth, on the straight line through two.
+
+    In a window every moment's memory is linear in the depth with one slope, so its worst moment is the same at any depth
+    and the line through its peaks is exact. Windows of middle layers lie between those of the first and last.
+    """
+    factor = (depth - depths[0]) / (depths[1] - depths[0])
+
+    def line(low: float, high: float) -> float:
+        return low + (high - low) * factor
+
+    def lines(low: Mapping[Any, float], high: Mapping[Any, float]) -> dict[Any, float]:
+        return {key: line(low.get(key, 0), high.get(key, 0)) for key in low.keys() | high.keys()}
+
+    windows = {
+        name: Counter({cause: round(size) for cause, size in lines(shallow.windows[name], deep.windows[name]).items()})
+        for name in shallow.windows.keys() & deep.windows.keys()
+    }
+    return Simulation(
+        windows, lines(shallow.parameters, deep.parameters), line(shallow.fixed_bytes, deep.fixed_bytes)
+    )
+
+
+def simulate_policy(
+    build: Callable[[], nn.Module],
+    loss: Callable[[Tensor, Batch], tuple[Tensor, Any]],
+    shape: Shape,
+    keeping: Keeping,
+    passes: int = 2,
+) -> Simulation:
+    """Micro-batches of our own loop: the label-only head, packed rows, gradients as the engine keeps them.
+
+    Args:
+        build: makes the policy; called with fake tensors switched on.
+        loss: the objective.
+        passes: micro-batches before the gradients are used up; a second one finds those of the first.
+    """
+    from tunesmith.trainers.policy import score
+
+    with _tracked() as tracker:
+        with tracker.causing(WEIGHTS):
+            policy = build()
+        policy.train()
+        batch = _batch(shape)
+        _watch_gradients(policy, tracker, keeping)
+        windows = _Windows(tracker, policy)
+        for _ in range(passes):
+            windows.forward()
+            logps, aux_loss = score(policy, batch)
+            total, _metrics = loss(logps, batch)
+            total = total if aux_loss is None else total + aux_loss
+            del logps, aux_loss, _metrics
+            windows.backward()
+            total.backward()
+            del total
+        return _result(policy, tracker)
+
+
+def simulate_hf(build: Callable[[], nn.Module], rows: int, length: int, keeping: Keeping | None) -> Simulation:
+    """Two steps of the HF Trainer: padded rows, whole logits, and AdamW over every parameter at once.
+
+    Args:
+        keeping: what DeepSpeed does with gradients; None without it: then the optimizer's own step is simulated too.
+    """
+    with _tracked() as tracker:
+        with tracker.causing(WEIGHTS):
+            model: Any = build()
+        model.train()
+        tokens = torch.ones(rows, length, dtype=torch.long)
+        _watch_gradients(model, tracker, keeping or "kept")
+        windows = _Windows(tracker, model)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=1e-4, foreach=True) if keeping is None else None
+        for _ in range(2):
+            windows.forward()
+            outputs = model(input_ids=tokens, labels=tokens, use_cache=False)
+            windows.backward()
+            outputs.loss.backward()  # the logits stay alive with the outputs, as in most training loops
+            del outputs
+            if optimizer is not None:
+                tracker.enter_window("step")
+                with tracker.causing(OPTIMIZER):
+                    optimizer.step()
+                optimizer.zero_grad()
+        return _result(model, tracker)
+
+
+@contextmanager
+def _tracked() -> Iterator[MemoryTracker]:
+    tracker = MemoryTracker()
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(pretending())
+        stack.enter_context(tracker)
+        yield tracker
+
+
+class _Windows:
+    """Opens the tracker's windows at the borders of a step's parts."""
+
+    def __init__(self, tracker: MemoryTracker, model: nn.Module) -> None:
+        self._tracker = tracker
+        self._is_forward = True
+        layers = decoder_layers(model)
+        last = len(layers) - 1
+        for index, layer in enumerate(layers):
+            name = "first layer" if index == 0 else "last layer" if index == last else "middle layers"
+            layer.register_forward_pre_hook(self._opener(f"forward {name}"))
+            layer.register_forward_hook(self._at_end(name, is_last=index == last))
+
+    def forward(self) -> None:
+        self._is_forward = True
+        self._tracker.enter_window("forward embedding")
+
+    def backward(self) -> None:
+        self._is_forward = False
+        self._tracker.enter_window("backward head")
+
+    def _opener(self, name: str) -> Callable[..., None]:
+        def enter(*_: Any) -> None:
+            if self._is_forward:  # a checkpointed layer runs again in the backward pass
+                self._tracker.enter_window(name)
+
+        return enter
+
+    def _at_end(self, name: str, is_last: bool) -> Callable[..., None]:
+        def enter(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not self._is_forward:
+                return
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _gradient: self._tracker.enter_window(f"backward {name}"))
+            if is_last:
+                self._tracker.enter_window("forward head")
+
+        return enter
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's layers: its longest list of modules with parameters, experts aside."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    named = [module for module in lists if hasattr(module[0], "self_attn") or hasattr(module[0], "attn")]
+    assert named, f"{type(model).__name__} has no list of layers with attention"
+    return max(named, key=len)
+
+
+def _watch_gradients(model: nn.Module, tracker: MemoryTracker, keeping: Keeping) -> None:
+    """Does with each gradient what the engine does, as soon as it is whole."""
+
+    def arrived(parameter: Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None, "a hook on gradients ran without one"
+        if tracker.window == "backward head":
+            tracker.enter_window("reduce head")
+        if keeping.startswith("freed"):
+            copy = gradient.float() if keeping == "freed_as_fp32" else gradient
+            parameter.grad = None
+            del copy, gradient
+        else:
+            tracker.claim([gradient], GRADIENTS)
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(arrived)
+
+
+def _batch(shape: Shape) -> Batch:
+    forest = Forest.flat(list(shape.lengths))
+    return Batch(
+        input_ids=torch.ones(shape.tokens, dtype=torch.long),
+        position_ids=torch.ones(shape.tokens, dtype=torch.long),
+        forest=forest,
+        label_positions=torch.ones(shape.labels, dtype=torch.long),
+        targets=torch.ones(shape.labels, dtype=torch.long),
+        weights=torch.ones(shape.labels),
+        normalizer=1.0,
+        examples=(),
+    )
+
+
+def _result(model: nn.Module, tracker: MemoryTracker) -> Simulation:
+    named = {p.untyped_storage()._cdata: (name, p) for name, p in model.named_parameters()}
+    kinds = Counter(
+        ParameterKind(p.numel(), p.element_size(), p.requires_grad, _is_added(name)) for name, p in named.values()
+    )
+    held = tracker.live[WEIGHTS]
+    windows = {}
+    for name, parts in tracker.peaks.items():
+        if name not in ("start", "forward middle layers", "backward middle layers"):
+            windows[name] = Counter({cause: size for cause, size in parts.items() if cause != WEIGHTS})
+            windows[name][ACTIVATIONS] += parts[WEIGHTS] - held
+    own = sum(p.untyped_storage().nbytes() for _, p in named.values())
+    return Simulation(windows, dict(kinds), held - own)
+
+
+def _is_added(name: str) -> bool:
+    """Whether a parameter's name is one that PEFT gives; its wrappers of the base's own parameters keep theirs."""
+    return "base_layer" not in name and (".default" in name or "prompt_encoder" in name or "word_embeddings" in name)
