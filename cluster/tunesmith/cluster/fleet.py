@@ -27,11 +27,9 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class Gpu(_Table):
+class GpuFigures(_Table):
     """One device and the links it hangs on. Rates are published peaks, of which programs reach a part."""
 
-    name: str
-    """How fleets name it."""
     memory_gib: PositiveFloat
     """What the driver gives a program, in GiB; less than the figure on the box."""
     tflops: PositiveFloat
@@ -69,6 +67,13 @@ class Gpu(_Table):
     @property
     def is_cpu(self) -> bool:
         return self.link == "memory"
+
+
+class Gpu(GpuFigures):
+    """A device with its name."""
+
+    name: str
+    """How fleets name it."""
 
 
 class FleetShape(_Table):
@@ -228,10 +233,10 @@ def _shown(nodes: int, per_node: int, name: str) -> str:
 
 def _plain(name: str) -> str:
     """A name without what people write differently: case, blanks, dashes, makers, sockets, the unit of memory."""
-    plain = re.sub(r"[\s_\-]+", "", name.lower())
+    plain = re.sub(r"([\s_\-]\d+)\s*gi?b?$", r"\1", name.lower())
+    plain = re.sub(r"[\s_\-]+", "", plain)
     plain = re.sub(r"^(nvidia|amd)?(geforce|tesla|instinct)?(rtx(?=a?\d))?", "", plain)
-    plain = re.sub(r"sxm\d?", "", plain)
-    return re.sub(r"(\d)gi?b?$", r"\1", plain)
+    return re.sub(r"sxm\d?", "", plain)
 
 
 def _without_memory(name: str) -> str:

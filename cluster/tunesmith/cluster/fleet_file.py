@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tunesmith.cluster.errors import FleetError
-from tunesmith.cluster.fleet import FleetBook, FleetShape, Gpu, find_gpu, parse_fleet
+from tunesmith.cluster.fleet import FleetBook, FleetShape, Gpu, GpuFigures, parse_fleet
 from tunesmith.cluster.recipe.lines import KeyPath, dotted, read_yaml
 
 VARIABLE = "TUNESMITH_FLEETS"
 """Environment variable with the path of a fleets file, for those who always want theirs."""
 BUILT_IN = Path(__file__).with_name("gpus.yaml")
-_SECTIONS: dict[str, type[BaseModel]] = {"gpus": Gpu, "fleets": FleetShape}
+_SECTIONS: dict[str, type[BaseModel]] = {"gpus": GpuFigures, "fleets": FleetShape}
 
 
 def load_fleets(path: str | Path | None = None) -> FleetBook:
@@ -44,7 +45,7 @@ def load_fleets(path: str | Path | None = None) -> FleetBook:
     return book
 
 
-def _read(path: Path, known: dict[str, Gpu] | Any) -> FleetBook:
+def _read(path: Path, known: Mapping[str, Gpu]) -> FleetBook:
     tree, lines = read_yaml(path, FleetError, "fleets file", "gpus and fleets")
     problems: list[str] = []
     made: dict[str, dict[str, Any]] = {"gpus": dict(known), "fleets": {}}
@@ -59,7 +60,7 @@ def _read(path: Path, known: dict[str, Gpu] | Any) -> FleetBook:
             continue
         for name, entry in entries.items():
             try:
-                made[section][name] = _entry(section, name, entry, made["gpus"])
+                made[section][_known_as(name, made[section])] = _entry(section, name, entry, made["gpus"])
             except ValidationError as invalid:
                 errors = invalid.errors(include_url=False)
                 problems += [_explain(error, (section, name), lines, path) for error in errors]
@@ -69,19 +70,25 @@ def _read(path: Path, known: dict[str, Gpu] | Any) -> FleetBook:
     return FleetBook(made["gpus"], made["fleets"])
 
 
+def _known_as(name: str, entries: dict[str, Any]) -> str:
+    """The name as it is spelt already, or as it is written here."""
+    return next((known for known in entries if known.lower() == name.lower()), name)
+
+
 def _entry(section: str, name: str, entry: Any, gpus: dict[str, Gpu]) -> Gpu | FleetShape:
-    if section == "fleets" or not isinstance(entry, dict):
-        return _SECTIONS[section].model_validate(entry)  # type: ignore[return-value]
-    before = next((gpu for gpu in gpus.values() if gpu.name.lower() == name.lower()), None)
-    written = {**before.model_dump(), **entry} if before else {"name": name, **entry}
-    return Gpu.model_validate(written)
+    if section == "fleets":
+        return FleetShape.model_validate(entry)
+    name = _known_as(name, gpus)
+    before = gpus[name].model_dump(exclude={"name"}) if name in gpus else {}
+    figures = GpuFigures.model_validate({**before, **entry} if isinstance(entry, dict) else entry)
+    return Gpu(name=name, **figures.model_dump())
 
 
 def _explain(error: ErrorDetails, entry: tuple[str, str], lines: dict[KeyPath, int], path: Path) -> str:
     """One line: where, which key, what is wrong, and the nearest valid key."""
     location: KeyPath = (*entry, *error["loc"])
     line = next(lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines)
-    fields = [key for key in _SECTIONS[entry[0]].model_fields if key != "name"]
+    fields = list(_SECTIONS[entry[0]].model_fields)
     where = f"{path}:{line}: {dotted(location)}"
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), fields, n=1)
