@@ -24,7 +24,9 @@ THIS_MACHINE = ("this machine", "this-machine", "here", "local")
 class _Table(BaseModel):
     """Strict, immutable entry of a fleets file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class GpuFigures(_Table):

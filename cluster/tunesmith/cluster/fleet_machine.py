@@ -76,10 +76,10 @@ def measured_flops(seconds: float = 0.2) -> float:
 
     size, best, end = 768, 0.0, time.perf_counter() + seconds
     left, right = np.ones((size, size), np.float32), np.ones((size, size), np.float32)
-    left @ right  # the first one starts the threads
+    np.matmul(left, right)  # the first one starts the threads
     while not best or time.perf_counter() < end:
         start = time.perf_counter()
-        left @ right
+        np.matmul(left, right)
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
 

@@ -27,12 +27,16 @@ def test_a_fleet_is_read_as_nodes_gpus_and_kind(text: str, nodes: int, per_node:
     assert fleet.gpus == nodes * per_node
 
 
-@pytest.mark.parametrize("name", ["h200", "H200", "H200-141GB", "h200 141 gb", "NVIDIA H200", "h200-sxm5", "H200_141GB"])
+@pytest.mark.parametrize(
+    "name", ["h200", "H200", "H200-141GB", "h200 141 gb", "NVIDIA H200", "h200-sxm5", "H200_141GB"]
+)
 def test_case_dashes_makers_and_an_unambiguous_memory_size_do_not_matter(name: str):
     assert parse_fleet(name, KNOWN).gpu.name == "H200-141GB"
 
 
-@pytest.mark.parametrize(("name", "gpu"), [("RTX 4090 24GB", "RTX4090"), ("b200-192", "B200-180GB"), ("A6000", "A6000-48GB")])
+@pytest.mark.parametrize(
+    ("name", "gpu"), [("RTX 4090 24GB", "RTX4090"), ("b200-192", "B200-180GB"), ("A6000", "A6000-48GB")]
+)
 def test_other_names_are_understood(name: str, gpu: str):
     assert parse_fleet(name, KNOWN).gpu.name == gpu
 

@@ -15,8 +15,15 @@ KNOWN = load_fleets(BUILT_IN)
 
 
 def test_gpus_are_known_by_what_their_driver_calls_them():
-    fleet = of_gpus(Node(64, gpus=2, memory_gib=500), "NVIDIA A100-SXM4-80GB, 81920\nNVIDIA A100-SXM4-80GB, 81920\n", KNOWN)
-    assert (fleet.gpus, fleet.gpu.name, fleet.gpu.memory_gib, fleet.host_memory_gib_per_gpu) == (2, "A100-80GB", 79.15, 250)
+    fleet = of_gpus(
+        Node(64, gpus=2, memory_gib=500), "NVIDIA A100-SXM4-80GB, 81920\nNVIDIA A100-SXM4-80GB, 81920\n", KNOWN
+    )
+    assert (fleet.gpus, fleet.gpu.name, fleet.gpu.memory_gib, fleet.host_memory_gib_per_gpu) == (
+        2,
+        "A100-80GB",
+        79.15,
+        250,
+    )
 
 
 def test_a_driver_that_reports_less_memory_is_believed():

@@ -13,9 +13,7 @@ from tunesmith.cluster.errors import UsageError
 KeyPath = tuple[str | int, ...]
 
 
-def read_yaml(
-    path: Path, error: type[UsageError], kind: str, keys: str
-) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+def read_yaml(path: Path, error: type[UsageError], kind: str, keys: str) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     """The file's content as plain Python values, and the line of each key.
 
     Args:

@@ -52,7 +52,17 @@ def test_names_whose_variants_differ_in_shape_are_kept_apart():
 
 @pytest.mark.parametrize(
     "reference",
-    ["./gpt2", "../gpt2", "/models/gpt2", "a/b/gpt2", "run:gpt2", "builtin:tiny", "", "Qwen2.5-7B-Instruct-AWQ", "Llama-3.1-9B"],
+    [
+        "./gpt2",
+        "../gpt2",
+        "/models/gpt2",
+        "a/b/gpt2",
+        "run:gpt2",
+        "builtin:tiny",
+        "",
+        "Qwen2.5-7B-Instruct-AWQ",
+        "Llama-3.1-9B",
+    ],
 )
 def test_what_is_no_name_or_not_in_the_catalog_is_not_found(reference: str):
     assert find(reference) is None

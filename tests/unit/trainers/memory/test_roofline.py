@@ -107,7 +107,9 @@ def test_offload_moves_bytes_over_the_link_to_the_host():
 
 
 def test_each_further_place_is_slower():
-    places = [replace(FULL, zero_stage=3, offload_optimizer=place, offload_weights=place) for place in ("none", "cpu", "nvme")]
+    places = [
+        replace(FULL, zero_stage=3, offload_optimizer=place, offload_weights=place) for place in ("none", "cpu", "nvme")
+    ]
     seconds = [step_time(work, A100_8).seconds for work in places]
     assert seconds == sorted(set(seconds))
 
