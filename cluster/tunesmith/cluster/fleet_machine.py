@@ -34,7 +34,7 @@ def of_gpus(node: Node, driver_answer: str, book: FleetBook) -> Fleet:
     if len(kinds) != 1:
         raise FleetError(
             f"this machine has GPUs of {len(kinds)} kinds ({', '.join(kinds)}), and a fleet has one",
-            "Choose with CUDA_VISIBLE_DEVICES, and name the fleet, such as 1xRTX4090.",
+            "Name the fleet instead, such as 1xRTX4090, and choose its GPUs with CUDA_VISIBLE_DEVICES when it runs.",
         )
     mebibytes = float(lines[0][1])
     gpu = gpu_of_driver(kinds[0], book.gpus.values())
