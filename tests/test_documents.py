@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from imports import REPOSITORY
 
+from tunesmith.cluster import fleet_reference
+from tunesmith.cluster.fleet import FleetShape, GpuFigures, parse_fleet
+from tunesmith.cluster.fleet_file import load_fleets
 from tunesmith.cluster.recipe import reference
 from tunesmith.cluster.recipe.load import load_recipe
 
@@ -24,6 +27,20 @@ def from_root(path: Path) -> str:
 def test_the_recipe_reference_is_what_the_schema_says() -> None:
     written = (REPOSITORY / "docs" / "recipe.md").read_text(encoding="utf-8")
     assert written == reference.markdown(), "python -m tunesmith.cluster.recipe.reference > docs/recipe.md"
+
+
+def test_the_tables_of_fleets_are_what_the_data_and_the_schema_say() -> None:
+    page = (REPOSITORY / "docs" / "fleets.md").read_text(encoding="utf-8")
+    tables = (fleet_reference.gpu_table(), *map(fleet_reference.key_table, (GpuFigures, FleetShape)))
+    for table in tables:
+        assert f"\n{table}\n" in page, "python -m tunesmith.cluster.fleet_reference"
+
+
+def test_the_fleets_file_shown_is_valid(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs" / "fleets.md").read_text(encoding="utf-8")
+    shown = tmp_path / "fleets.yaml"
+    shown.write_text(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0], encoding="utf-8")
+    assert parse_fleet("lab", load_fleets(shown)).gpus == 8
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=from_root)

@@ -50,6 +50,10 @@ class ResourceError(UsageError):
     """The cluster has fewer GPUs, CPUs or bytes than the recipe asks for."""
 
 
+class FleetError(UsageError):
+    """A fleet names no known GPU, has an impossible shape, or its file has a mistake."""
+
+
 class OutputError(UsageError):
     """The output folder cannot be written."""
 

@@ -13,10 +13,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tunesmith.cluster.errors import RecipeError
+from tunesmith.cluster.recipe.lines import KeyPath, dotted, read_yaml
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.recipe.section import Section
-
-KeyPath = tuple[str | int, ...]
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -30,7 +29,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         RecipeError: naming the file, line, key and nearest valid key of every mistake.
     """
     path = Path(path)
-    tree, lines = _read_yaml(path)
+    tree, lines = read_yaml(path, RecipeError, "recipe", "name, model, data and objective")
     origins: dict[KeyPath, str] = {key: f"{path}:{line}" for key, line in lines.items()}
     for override in overrides or []:
         _apply_override(tree, override, origins)
@@ -68,59 +67,6 @@ def unread_error(recipe: Recipe) -> RecipeError | None:
     )
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1, cutoff=0.5)
-        hint = f"Did you mean {path.parent / near[0]}?" if near else "Give the path of a recipe, a YAML file."
-        raise RecipeError(f"no recipe at {path}", hint) from None
-    except OSError as unreadable:
-        raise RecipeError(f"cannot read {path}: {unreadable.strerror or unreadable}") from None
-    except UnicodeDecodeError as broken:
-        raise RecipeError(f"cannot read {path}: invalid UTF-8 at byte {broken.start + 1}") from None
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as bad:
-        mark = bad.problem_mark or bad.context_mark
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"{where}: not valid YAML: {bad.problem}") from None
-    except yaml.YAMLError as bad:
-        raise RecipeError(f"{path}: not valid YAML: {bad}") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys such as name, model, data and objective")
-    lines: dict[KeyPath, int] = {}
-    return _to_python(root, (), lines, path), lines
-
-
-def _to_python(node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], path: Path) -> Any:
-    """The node's value; notes the line of each key and refuses a key written twice."""
-    lines.setdefault(at, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
-            if key in result:
-                raise RecipeError(
-                    f"{path}:{line}: {_dotted((*at, key))} is written twice, first on line {lines[(*at, key)]}"
-                )
-            lines[(*at, key)] = line
-            result[key] = _to_python(value_node, (*at, key), lines, path)
-        return result
-    if isinstance(node, yaml.SequenceNode):
-        return [_to_python(item, (*at, index), lines, path) for index, item in enumerate(node.value)]
-    return _scalar(node)
-
-
-def _scalar(node: yaml.Node) -> Any:
-    loader = yaml.SafeLoader("")
-    try:
-        value = loader.construct_object(node)
-    finally:
-        loader.dispose()
-    return value
-
-
 def _apply_override(tree: dict[str, Any], override: str, origins: dict[KeyPath, str]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
@@ -133,7 +79,7 @@ def _apply_override(tree: dict[str, Any], override: str, origins: dict[KeyPath, 
     node: Any = tree
     for depth, part in enumerate(parts[:-1]):
         child = _child(node, parts[:depth], part, override)
-        if isinstance(child, str) and _dotted(parts[: depth + 1]) in ("objective", "adaptation"):
+        if isinstance(child, str) and dotted(parts[: depth + 1]) in ("objective", "adaptation"):
             child = {"kind": child}
             node[part] = child
         if child is None:
@@ -143,7 +89,7 @@ def _apply_override(tree: dict[str, Any], override: str, origins: dict[KeyPath, 
     if isinstance(node, list):
         _child(node, parts[:-1], parts[-1], override)
     elif not isinstance(node, dict):
-        raise RecipeError(f"--set {override}: {_dotted(parts[:-1])} is not a section but {node!r}")
+        raise RecipeError(f"--set {override}: {dotted(parts[:-1])} is not a section but {node!r}")
     container: Any = node
     container[parts[-1]] = value
     origins[tuple(parts)] = f"--set {override}"
@@ -153,12 +99,12 @@ def _child(node: Any, at: list[str | int], part: str | int, override: str) -> An
     if isinstance(node, list):
         if not (isinstance(part, int) and part < len(node)):
             raise RecipeError(
-                f"--set {override}: {_dotted(at)} is a list of {len(node)}, numbered from 0, and has no {part!r}"
+                f"--set {override}: {dotted(at)} is a list of {len(node)}, numbered from 0, and has no {part!r}"
             )
         return node[part]
     if isinstance(node, dict):
         return node.get(part)
-    raise RecipeError(f"--set {override}: {_dotted(at)} is {node!r}, which has no {part!r} in it")
+    raise RecipeError(f"--set {override}: {dotted(at)} is {node!r}, which has no {part!r} in it")
 
 
 def _without_echoes(errors: list[ErrorDetails]) -> list[ErrorDetails]:
@@ -176,7 +122,7 @@ def _explain(error: ErrorDetails, origins: dict[KeyPath, str], path: str) -> str
     """One line: where, which key, what is wrong, and the nearest valid name."""
     location = _written_path(error["loc"], origins)
     where = next((origins[location[:n]] for n in range(len(location), -1, -1) if location[:n] in origins), path)
-    key = _dotted(location) or "the recipe"
+    key = dotted(location) or "the recipe"
     section = _section_at(error["loc"][:-1])
     if error["type"] == "extra_forbidden":
         return f"{where}: {key}: no such key{_suggest(str(location[-1]), section)}"
@@ -280,7 +226,3 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
         for nested in _section_classes(info.annotation):
             keys += _all_keys(cast(type[BaseModel], nested), f"{prefix}{name}.")
     return keys
-
-
-def _dotted(path: KeyPath | list[str | int]) -> str:
-    return ".".join(str(part) for part in path)
