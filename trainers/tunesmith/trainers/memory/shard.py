@@ -20,6 +20,10 @@ MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0 * (1 + 4 / 256)}
 """Bytes of AdamW's two moments for each trained parameter: fp32, or 8 bits with an fp32 scale for each 256."""
 
 
+DEEPSPEED_REDUCES_ELEMENTS = 500_000_000
+"""`MEMORY_OPT_ALLREDUCE_SIZE` of DeepSpeed's engine: gradients that it sums over workers at once without ZeRO-2 or 3."""
+
+
 @dataclass(frozen=True)
 class Engine:
     """How the weights, gradients and optimizer state are held.
@@ -47,53 +51,56 @@ class Engine:
     @property
     def keeping(self) -> Keeping:
         """What happens to a gradient once backward has made it."""
-        if self.stage < 2:
-            return "kept"
-        return "freed_as_fp32" if self.stage == 2 and self.item == 2 else "freed"
+        return "kept" if self.stage < 2 else "freed"
 
     @property
     def passes(self) -> int:
         """Micro-batches to simulate: two when a later one finds gradients of an earlier one."""
-        return 2 if self.accumulation > 1 or self.sums_in_fp32 else 1
+        return 2 if self.accumulation > 1 else 1
 
     @property
     def sums_in_fp32(self) -> bool:
-        """Whether DeepSpeed's bf16 optimizer is at work, which keeps 16-bit gradients beside their fp32 sum."""
+        """Whether DeepSpeed's bf16 optimizer is at work, which has 16-bit gradients beside their fp32 sum."""
         return self.stage == 1 and self.item == 2
 
 
 def shard(simulation: Simulation, engine: Engine) -> dict[str, Bytes]:
     """Bytes by cause that one worker's device holds at the worst moment of each part of the step, `step` included."""
     held = _held(simulation, engine)
-    windows: dict[str, Bytes] = {}
-    for name, parts in simulation.windows.items():
-        is_backward = not name.startswith("forward") and name != "backward head"
-        windows[name] = parts + held + _moving(simulation, engine, is_backward, name.startswith("forward"))
+    windows = {name: parts + held + _moving(simulation, engine, name) for name, parts in simulation.windows.items()}
+    if engine.stage < 2 and engine.workers > 1 and (engine.stage == 0 or engine.sums_in_fp32):
+        windows["reduction"] = held + _at_reduction(simulation, engine)
     windows["step"] = held + _at_step(simulation, engine)
     return windows
 
 
 def _held(simulation: Simulation, engine: Engine) -> Bytes:
     """What is there throughout."""
-    trainable, workers = simulation.trainable, engine.workers
-    weights = _weights(simulation, engine)
+    trainable = simulation.trainable
     state: Bytes = Counter()
     if engine.stage == 0:
         state[OPTIMIZER] = round(MOMENTS[engine.optimizer] * trainable)
     elif engine.offload == "none":
-        state[OPTIMIZER] = round((4 + MOMENTS[engine.optimizer]) * trainable / workers)
-    bucket = zero.bucket_elements(trainable) * engine.item
+        state[OPTIMIZER] = round((4 + MOMENTS[engine.optimizer]) * trainable / engine.workers)
     if engine.sums_in_fp32 and engine.offload == "none":
         state[GRADIENTS] = 4 * trainable  # fp32 sums of the whole model
-    elif engine.stage == 1:
-        state[BUCKETS] = bucket * (2 if engine.overlaps else 1)
+    elif engine.stage == 1 and engine.accumulation > 1:
+        state[BUCKETS] = _buckets(simulation, engine)
+    elif engine.stage == 2 and engine.accumulation > 1 and engine.offload == "none":
+        state[GRADIENTS] = _fp32_shard(simulation, engine)
     elif engine.stage == 3:
-        state[BUCKETS] = bucket
+        state[BUCKETS] = zero.bucket_elements(trainable) * engine.item
         if engine.offload == "none":
-            state[GRADIENTS] = round(4 * trainable / workers)
-    elif engine.stage == 2 and engine.offload == "none" and engine.accumulation > 1:
-        state[GRADIENTS] = round(4 * trainable / workers)
-    return weights + state
+            state[GRADIENTS] = _fp32_shard(simulation, engine)
+    return _weights(simulation, engine) + state
+
+
+def _buckets(simulation: Simulation, engine: Engine) -> int:
+    return zero.bucket_elements(simulation.trainable) * engine.item * (2 if engine.overlaps else 1)
+
+
+def _fp32_shard(simulation: Simulation, engine: Engine) -> int:
+    return round(4 * simulation.trainable / engine.workers)
 
 
 def _weights(simulation: Simulation, engine: Engine) -> Bytes:
@@ -107,34 +114,71 @@ def _weights(simulation: Simulation, engine: Engine) -> Bytes:
     return parts
 
 
-def _moving(simulation: Simulation, engine: Engine, is_reducing: bool, is_forward: bool) -> Bytes:
+def _moving(simulation: Simulation, engine: Engine, window: str) -> Bytes:
     """What comes and goes in the forward and backward pass."""
     parts: Bytes = Counter()
-    bucket = zero.bucket_elements(simulation.trainable) * engine.item
-    if engine.stage == 2 and is_reducing:
-        parts[BUCKETS] = bucket * (2 if engine.overlaps else 1)
-        if engine.accumulation == 1 and engine.offload == "none":
-            parts[GRADIENTS] = round(4 * simulation.trainable / engine.workers)
+    is_reducing = window.startswith("reduce") or (window.startswith("backward") and window != "backward head")
+    starts_afresh = engine.accumulation == 1
+    if is_reducing and (engine.stage == 2 or (engine.stage == 1 and starts_afresh and not engine.sums_in_fp32)):
+        parts[BUCKETS] = _buckets(simulation, engine)
+        is_flushed = simulation.trainable > zero.MOST_BUCKET_ELEMENTS
+        if engine.stage == 2 and starts_afresh and is_flushed and engine.offload == "none":
+            parts[GRADIENTS] = _fp32_shard(simulation, engine)
     if engine.stage == 3:
-        sharded = simulation.bytes(lambda kind: kind.elements > engine.persistence_threshold)
-        item = sharded / max(1, simulation.elements(lambda kind: kind.elements > engine.persistence_threshold))
-        live = min(sharded, (zero.MOST_LIVE_ELEMENTS + simulation.largest) * item)
-        ahead = min(sharded, zero.PREFETCH_ELEMENTS * item)
-        everything_stays = sharded <= zero.MOST_LIVE_ELEMENTS * item
-        parts[GATHERED] = round(live + (0 if everything_stays and not is_forward else ahead))
+        parts[GATHERED] = _gathered(simulation, engine, window)
     return parts
+
+
+def _gathered(simulation: Simulation, engine: Engine, window: str) -> int:
+    """Bytes of weights that ZeRO-3 has gathered: those that are used again soon, and the message that is under way.
+
+    A frozen embedding is used once, and a frozen head not in the backward pass. The last message of the forward pass is
+    used up when the head has its weight.
+    """
+
+    def bytes_of(*roles: str) -> int:
+        return simulation.bytes(
+            lambda kind: kind.role in roles and kind.elements > engine.persistence_threshold and not kind.is_trainable
+        )
+
+    sharded = simulation.bytes(lambda kind: kind.elements > engine.persistence_threshold)
+    item = sharded / (simulation.elements(lambda kind: kind.elements > engine.persistence_threshold) or 1)
+    is_forward = window.startswith("forward")
+    used = sharded - (bytes_of("embedding") if is_forward else bytes_of("embedding", "head"))
+    live = min(used, round((zero.MOST_LIVE_ELEMENTS + simulation.largest) * item))
+    everything_stays = sharded <= zero.MOST_LIVE_ELEMENTS * item
+    if everything_stays and (not is_forward or window == "forward logits"):
+        return live
+    return live + min(sharded, round(zero.PREFETCH_ELEMENTS * item))
+
+
+def _at_reduction(simulation: Simulation, engine: Engine) -> Bytes:
+    """Gradients that are summed over workers after backward, half a billion at a time: flattened, and in 16 bits besides."""
+    at_once = min(simulation.trainable, DEEPSPEED_REDUCES_ELEMENTS)
+    return Counter(
+        {
+            GRADIENTS: engine.item * simulation.trainable,
+            BUCKETS: at_once * (6 if engine.sums_in_fp32 else 4),
+        }
+    )
 
 
 def _at_step(simulation: Simulation, engine: Engine) -> Bytes:
     """What only the optimizer's step needs."""
-    trainable, workers = simulation.trainable, engine.workers
     parts: Bytes = Counter()
-    if engine.stage < 2:
-        parts[GRADIENTS] = engine.item * trainable
-    elif engine.offload == "none" and engine.stage == 3:
-        parts[OPTIMIZER] = round(4 * min(trainable / workers, zero.SUBGROUP_ELEMENTS))
-    elif engine.offload == "none":
-        already = 0 if engine.accumulation > 1 else round(4 * trainable / workers)
-        parts[GRADIENTS] = already
-        parts[OPTIMIZER] = round(4 * trainable / workers) if engine.item == 4 else 8 * simulation.largest
+    if engine.stage == 1 and not engine.sums_in_fp32 and engine.accumulation == 1:
+        parts[BUCKETS] = _buckets(simulation, engine)  # where the gradients lie by now
+    elif engine.stage < 2:
+        parts[GRADIENTS] = engine.item * simulation.trainable
+    elif engine.offload != "none":
+        return parts
+    elif engine.stage == 3:
+        parts[OPTIMIZER] = min(_fp32_shard(simulation, engine), 4 * zero.SUBGROUP_ELEMENTS)
+    else:
+        parts[GRADIENTS] = _fp32_shard(simulation, engine) if engine.accumulation == 1 else 0
+        flat = _fp32_shard(simulation, engine) if engine.item == 4 else 0
+        largest = max((kind.elements for kind in simulation.parameters if kind.is_trainable), default=0)
+        parts[OPTIMIZER] = max(flat, 8 * largest if engine.item == 2 else 0)  # a norm is summed in 64 bits
+        if engine.accumulation > 1 and engine.item == 4:
+            parts[OPTIMIZER] = max(parts[OPTIMIZER], _buckets(simulation, engine))
     return parts

@@ -20,9 +20,8 @@ from tunesmith.trainers.batch import Batch, Forest
 from tunesmith.trainers.memory.fakes import pretending
 from tunesmith.trainers.memory.tracker import ACTIVATIONS, Bytes, MemoryTracker
 
-Keeping = Literal["kept", "freed", "freed_as_fp32"]
-"""What the engine does with a gradient that backward has made: keeps it, or moves it to a buffer (by way of an fp32
-copy), after which only the buffer is there."""
+Keeping = Literal["kept", "freed"]
+"""What the engine does with a gradient that backward has made: keeps it, or moves it to a buffer at once."""
 
 WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer state"
 
@@ -59,6 +58,8 @@ class ParameterKind(NamedTuple):
     is_trainable: bool
     is_added: bool
     """Whether an adapter has brought it."""
+    role: str
+    """`embedding` or `head` for one that nothing else uses, else `body`."""
 
 
 @dataclass
@@ -203,6 +204,7 @@ class _Windows:
             name = "first layer" if index == 0 else "last layer" if index == last else "middle layers"
             layer.register_forward_pre_hook(self._opener(f"forward {name}"))
             layer.register_forward_hook(self._at_end(name, is_last=index == last))
+        _causal_lm(model).get_output_embeddings().register_forward_pre_hook(self._opener("forward logits"))
 
     def forward(self) -> None:
         self._is_forward = True
@@ -248,10 +250,8 @@ def _watch_gradients(model: nn.Module, tracker: MemoryTracker, keeping: Keeping)
         assert gradient is not None, "a hook on gradients ran without one"
         if tracker.window == "backward head":
             tracker.enter_window("reduce head")
-        if keeping.startswith("freed"):
-            copy = gradient.float() if keeping == "freed_as_fp32" else gradient
+        if keeping == "freed":
             parameter.grad = None
-            del copy, gradient
         else:
             tracker.claim([gradient], GRADIENTS)
 
@@ -276,8 +276,10 @@ def _batch(shape: Shape) -> Batch:
 
 def _result(model: nn.Module, tracker: MemoryTracker) -> Simulation:
     named = {p.untyped_storage()._cdata: (name, p) for name, p in model.named_parameters()}
+    roles = _roles(model)
     kinds = Counter(
-        ParameterKind(p.numel(), p.element_size(), p.requires_grad, _is_added(name)) for name, p in named.values()
+        ParameterKind(p.numel(), p.element_size(), p.requires_grad, _is_added(name), roles.get(key, "body"))
+        for key, (name, p) in named.items()
     )
     held = tracker.live[WEIGHTS]
     windows = {}
@@ -287,6 +289,22 @@ def _result(model: nn.Module, tracker: MemoryTracker) -> Simulation:
             windows[name][ACTIVATIONS] += parts[WEIGHTS] - held
     own = sum(p.untyped_storage().nbytes() for _, p in named.values())
     return Simulation(windows, dict(kinds), held - own)
+
+
+def _roles(model: Any) -> dict[int, str]:
+    """Storage -> `embedding` or `head`, for weights that only one of the two uses."""
+    causal_lm = _causal_lm(model)
+    embedding, head = (
+        {p.untyped_storage()._cdata for p in module.parameters()} if isinstance(module, nn.Module) else set()
+        for module in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+    )
+    return {key: "embedding" for key in embedding - head} | {key: "head" for key in head - embedding}
+
+
+def _causal_lm(model: Any) -> Any:
+    """The Transformers model inside a policy, or inside PEFT's wrapper."""
+    inner = getattr(model, "causal_lm", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def _is_added(name: str) -> bool:
