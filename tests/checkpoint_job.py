@@ -235,7 +235,9 @@ def rank_main(stage: Stage, rank: int, folder: Path) -> None:
         seen["error"] = [type(error).__name__, str(error)]
     finally:
         _Killer.armed = False
-        (folder / f"{rank}.json").write_text(json.dumps(seen))
+        unfinished = folder / f"{rank}.unfinished"  # this rank may be ended while it writes
+        unfinished.write_text(json.dumps(seen))
+        unfinished.rename(folder / f"{rank}.json")
 
 
 def run_stage(stage: Stage) -> list[dict[str, Any]]:
