@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cluster.errors import ModelError
-from tunesmith.cluster.recipe.schema import Lora, Recipe
+from tunesmith.cluster.recipe.schema import Lora, Peft, Recipe
+from tunesmith.trainers import zero
 from tunesmith.trainers.base import BaseRef, resolve_base, tensor_shapes
 
 if TYPE_CHECKING:
@@ -43,14 +44,30 @@ def check_adaptation(recipe: Recipe, base: BaseRef) -> None:
     imported; only otherwise is the model built without weights, for the exact answer.
 
     Raises:
-        ModelError: a LoRA target matches no module; the message lists the nearest names.
+        ModelError: a target matches no module (the message lists the nearest names); or settings of PEFT's are wrong, do
+            not fit the model, or cannot be trained.
     """
     spec = recipe.adaptation
+    if isinstance(spec, Peft):
+        _check_peft(recipe, spec, base)
+        return
     if not isinstance(spec, Lora) or _surely_matches(spec.target_modules, base):
         return
     from tunesmith.trainers.adaptations import lora
 
     lora.matches(skeleton(base), spec.target_modules)
+
+
+def _check_peft(recipe: Recipe, spec: Peft, base: BaseRef) -> None:
+    """Builds the adapter on a model without weights: what is wrong with it, PEFT says then."""
+    from tunesmith.trainers.adaptations import peft_types
+
+    peft_types.refuse(spec, zero.stage(recipe.cluster), recipe.model.quantization)
+    import torch
+
+    from tunesmith.trainers.adaptations import peft
+
+    peft.adapt(skeleton(base), spec, base=base.loadable, revision=base.revision, seed=0, dtype=torch.float32)
 
 
 def skeleton(base: BaseRef) -> nn.Module:
@@ -71,7 +88,7 @@ def build(
     zero3: bool,
     deepspeed_config: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """The model that is trained: a Transformers model (`full`) or a PEFT model around it (`lora`).
+    """The model that is trained: a Transformers model (`full`) or a PEFT model around it (`lora`, `peft`).
 
     The same recipe gives the same first weights on every rank, ZeRO stage and world size. Under ZeRO-3 the weights are
     sharded as they are loaded, so torch.distributed must be initialised; a quantised base is loaded whole on every rank
@@ -87,17 +104,26 @@ def build(
         ModelError: Transformers does not know the architecture, weights are missing, or a LoRA target matches nothing.
     """
     from tunesmith.trainers import moe
-    from tunesmith.trainers.adaptations import full, lora
+    from tunesmith.trainers.adaptations import full, lora, peft, peft_types
 
+    if isinstance(recipe.adaptation, Peft):
+        peft_types.refuse(recipe.adaptation, 3 if zero3 else 0, recipe.model.quantization)
     shards_at_load = zero3 and recipe.model.quantization is None
-    model = _load(recipe, base, device, dtype, (deepspeed_config or _zero3_config(dtype)) if shards_at_load else None)
-    spec = recipe.adaptation
-    if isinstance(spec, Lora):
-        adapted = lora.adapt(
-            model, spec, base=base.loadable, revision=base.revision, seed=recipe.train.seed, dtype=dtype
-        )
-    else:
-        adapted = full.adapt(model, spec)
+    spec, zero3_config = recipe.adaptation, (deepspeed_config or _zero3_config(dtype)) if shards_at_load else None
+    first: dict[str, Any] = {
+        "base": base.loadable,
+        "revision": base.revision,
+        "seed": recipe.train.seed,
+        "dtype": dtype,
+    }
+    with _zero3_alive(zero3_config):  # Transformers shards what it loads, and PEFT gathers what it reads of it
+        model = _load(recipe, base, device, dtype, is_sharded=shards_at_load)
+        if isinstance(spec, Lora):
+            adapted = lora.adapt(model, spec, **first)
+        elif isinstance(spec, Peft):
+            adapted = peft.adapt(model, spec, **first)
+        else:
+            adapted = full.adapt(model, spec)
     moe.make_leaves(adapted)
     if recipe.train.gradient_checkpointing:
         # not the re-entrant kind: it loses the router's gradient and needs inputs that require one
@@ -106,7 +132,8 @@ def build(
 
 
 def quantization_config(kind: str | None, dtype: torch.dtype) -> Any:
-    """Transformers' quantisation settings: nf4 with double quantisation (Dettmers et al. 2023), or None.
+    """Transformers' quantisation settings: nf4 with double quantisation (Dettmers et al. 2023), LLM.int8 (Dettmers et al.
+    2022), or None.
 
     The 4-bit codes are stored in tensors of the training format, which ZeRO-3 can shard and gather like any weight.
     """
@@ -114,6 +141,8 @@ def quantization_config(kind: str | None, dtype: torch.dtype) -> Any:
         return None
     from transformers import BitsAndBytesConfig
 
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
     assert kind == "nf4", f"unknown quantisation {kind}"
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -135,14 +164,12 @@ def keep_codes(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def _load(
-    recipe: Recipe, base: BaseRef, device: torch.device | str, dtype: torch.dtype, zero3: dict[str, Any] | None
-) -> Any:
+def _load(recipe: Recipe, base: BaseRef, device: torch.device | str, dtype: torch.dtype, *, is_sharded: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
     quantization = quantization_config(recipe.model.quantization, dtype)
-    with _model_errors(base), _zero3_loading(zero3), torch.random.fork_rng(devices=[]):
+    with _model_errors(base), torch.random.fork_rng(devices=[]):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base.path,
             dtype=dtype,
@@ -153,7 +180,7 @@ def _load(
     model, info = loaded
     _require_all_weights(model, info, base)
     keep_codes(model)
-    return model if zero3 or quantization else model.to(device)
+    return model if is_sharded or quantization else model.to(device)
 
 
 def _require_all_weights(model: Any, info: dict[str, Any], base: BaseRef) -> None:
@@ -181,8 +208,8 @@ def _zero3_config(dtype: torch.dtype) -> dict[str, Any]:
 
 
 @contextmanager
-def _zero3_loading(config: dict[str, Any] | None) -> Iterator[None]:
-    """Within it Transformers shards what it loads; the global reference it looks at must not outlive the load."""
+def _zero3_alive(config: dict[str, Any] | None) -> Iterator[None]:
+    """Within it Transformers and PEFT know of ZeRO-3, by a global reference that must not outlive the building."""
     if config is None:
         yield
         return
