@@ -157,10 +157,17 @@ def refuse(spec: Peft, zero_stage: int = 0, quantization: str | None = None) -> 
             f"{where}: {name} does not adapt {quantization} layers, whose weights are codes and not numbers",
             f"Take model.quantization out, or use one of {_names(lambda other: quantization in other.quantized)}.",
         )
-    if quantization == "int8" and (spec.config.get("use_dora") or spec.config.get("init_lora_weights") == "orthogonal"):
+    if spec.config.get("use_dora") and (quantization == "int8" or (quantization == "nf4" and zero_stage == 3)):
         raise ModelError(
-            "adaptation.config: DoRA and orthogonal first weights read the base's weights, which int8 layers do not give",
-            "Use model.quantization: nf4, or leave use_dora and init_lora_weights out.",
+            "adaptation.config.use_dora: DoRA reads the base's weights in every forward, which int8 layers do not give, nor "
+            "nf4 layers under ZeRO-3",
+            "Leave use_dora out, or use model.quantization: nf4 with cluster.zero at most 2.",
+        )
+    if spec.config.get("init_lora_weights") == "orthogonal" and quantization == "int8":
+        raise ModelError(
+            "adaptation.config.init_lora_weights: orthogonal first weights take the format of the base's, and int8 codes "
+            "have no gradient",
+            "Leave init_lora_weights out, or use model.quantization: nf4.",
         )
 
 
