@@ -30,7 +30,7 @@ PEFT_CONFIGS: dict[str, dict[str, Any]] = {
     "OSF": {"target_modules": ATTENTION, "effective_rank": 8},
     "PEANUT": {"target_modules": ATTENTION, "r": 4},
     "PSOFT": {"target_modules": ATTENTION, "r": 4},
-    "PVERA": {"target_modules": SQUARE, "r": 16},
+    "PVERA": {"target_modules": SQUARE, "r": 64, "d_initial": 1.0},
     "RANDLORA": {"target_modules": SQUARE, "r": 4},
     "ROAD": {"target_modules": ATTENTION, "group_size": 4},
     "SHIRA": {"target_modules": ATTENTION, "r": 4},
