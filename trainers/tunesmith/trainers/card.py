@@ -42,11 +42,12 @@ def card(
 
 
 def _front_matter(recipe: Recipe, base: BaseRef) -> str:
-    is_adapter = isinstance(recipe.adaptation, Adapter)
+    spec = recipe.adaptation
+    is_adapter, peft_type = isinstance(spec, Adapter), [spec.peft_type.lower()] if isinstance(spec, Peft) else []
     fields: dict[str, Any] = {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["tunesmith", recipe.objective.kind, recipe.adaptation.kind],
+        "tags": ["tunesmith", recipe.objective.kind, recipe.adaptation.kind, *peft_type],
     }
     if base.revision:
         fields = {"base_model": base.reference, **fields}

@@ -5,6 +5,8 @@ Nothing heavy is imported before it is needed: the driver resolves and checks a 
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,13 +65,27 @@ def _check_peft(recipe: Recipe, spec: Peft, base: BaseRef) -> None:
     from tunesmith.trainers.adaptations import peft_types
 
     peft_types.refuse(spec, zero.stage(recipe.cluster), recipe.model.quantization)
-    import torch
+    with _quiet():
+        import torch
 
-    from tunesmith.trainers.adaptations import peft
+        from tunesmith.trainers.adaptations import peft
 
-    # NotImplementedError: a few types make their first weights from numbers, which a worker will have
-    with suppress(NotImplementedError):
-        peft.adapt(skeleton(base), spec, base=base.loadable, revision=base.revision, seed=0, dtype=torch.float32)
+        # NotImplementedError: a few types make their first weights from numbers, which a worker will have
+        with suppress(NotImplementedError):
+            peft.adapt(skeleton(base), spec, base=base.loadable, revision=base.revision, seed=0, dtype=torch.float32)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it libraries warn of nothing: the workers will hear it again, and their output goes to the run's log."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def skeleton(base: BaseRef) -> nn.Module:
