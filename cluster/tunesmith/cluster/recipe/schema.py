@@ -22,8 +22,8 @@ class Model(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub id. None takes the default branch."""
     quantization: Literal["nf4", "int8"] | None = None
-    """Holds the frozen base in fewer bits: `nf4` is 4-bit NormalFloat (QLoRA), `int8` is LLM.int8 (arXiv:2208.07339), which
-    ZeRO-3 cannot shard. Needs the adaptation `lora`, or a type of `peft` that takes such layers."""
+    """Holds the frozen base in fewer bits: `nf4` is 4-bit NormalFloat (QLoRA), `int8` is LLM.int8 (arXiv:2208.07339), for
+    ZeRO 0 to 2. Needs the adaptation `lora`, or a type of `peft` that takes such layers."""
     attention: Literal["auto", "reference"] = "auto"
     """`auto` takes the fastest path that equals the reference; `reference` is the plain 4-D mask."""
     router_aux_loss_coef: Annotated[float, Field(ge=0.0)] | None = None
@@ -326,8 +326,8 @@ class Recipe(Section):
             )
         if quantization == "int8" and self.cluster.zero == 3:
             raise ValueError(
-                "model.quantization: int8 cannot be sharded by cluster.zero: 3, because an int8 layer keeps scales beside its "
-                "codes that ZeRO-3 does not know; use zero: 2, or nf4"
+                "model.quantization: int8 gains nothing from cluster.zero: 3, because every int8 layer keeps its codes whole "
+                "beside the parameter that would be sharded; use zero: 2, or nf4"
             )
         return self
 
