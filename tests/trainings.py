@@ -13,7 +13,9 @@ import torch.distributed as dist
 from tunesmith.cluster.metrics import read_metrics
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.runs import RunFolder
+from tunesmith.trainers import models
 from tunesmith.trainers.data.prepare import prepare
+from tunesmith.trainers.export import whole_weights
 from tunesmith.trainers.loop import Trainer, TrainJob
 from tunesmith.trainers.models import resolve_base
 
@@ -85,3 +87,21 @@ def losses(folder: Path, name: str) -> list[float]:
 def gradient_norms(folder: Path, name: str) -> list[float]:
     """The norm of every step's gradient, before clipping."""
     return [line["grad_norm"] for line in read_metrics(folder / "runs" / name / "metrics.jsonl") if "loss" in line]
+
+
+def assert_frozen_weights_unchanged(folder: Path, trainer: Trainer) -> None:
+    """Collective. Bit for bit, gathered from all shards and compared with the base loaded anew."""
+    after = whole_weights(trainer.engine.module.model, lambda _name, p: not p.requires_grad)
+    if dist.get_rank() > 0:
+        return
+    base = resolve_base(trainer.recipe.model.base, None, folder / "runs")
+    fresh = models.build(trainer.recipe, base, device="cpu", dtype=torch.float32, zero3=False)
+    before = {name: p.detach() for name, p in fresh.named_parameters() if not p.requires_grad}
+    assert before.keys() == after.keys() - {name for name, _ in fresh.named_buffers(remove_duplicate=False)}
+    assert before, "nothing is frozen"
+    for name, weight in before.items():
+        assert torch.equal(_codes(weight), _codes(after[name])), name
+
+
+def _codes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(torch.uint8).flatten()

@@ -57,6 +57,10 @@ def data(name: str, file: str, *says: str, **keys: Any) -> Case:
     return Case(name, [path, *says], {"data.train": path, **{f"data.{key}": value for key, value in keys.items()}})
 
 
+def peft(name: str, *says: str, zero: int = 2, **config: Any) -> Case:
+    return Case(name, [*says], {"adaptation": {"kind": "peft", "config": config}, "cluster.zero": zero})
+
+
 IN_THE_RECIPE = [
     Case("misspelt key", ["bad.yaml:", "train.lerning_rate", "learning_rate?"], {"train.lerning_rate": 1}),
     Case("misspelt section", ["trian", "did you mean train?"], {"trian": {"epochs": 1}}),
@@ -73,6 +77,17 @@ IN_THE_RECIPE = [
         ["model.quantization", "use adaptation: lora"],
         {"model.quantization": "nf4", "adaptation": "full"},
     ),
+    Case(
+        "int8 under ZeRO-3",
+        ["model.quantization: int8 gains nothing from cluster.zero: 3", "zero: 2"],
+        {"model.quantization": "int8", "cluster.zero": 3},
+    ),
+    Case(
+        "8-bit moments off the GPU",
+        ["train.optimizer: adamw_8bit", "cluster.offload: cpu"],
+        {"train.optimizer": "adamw_8bit", "cluster.zero": 2, "cluster.offload": "cpu"},
+    ),
+    peft("no type of PEFT", "bad.yaml:", "adaptation.config", "peft_type is missing", r=4),
     Case("a weight for one of two", ["1 of 2 sources"], {"data.train": [{"path": "a.jsonl", "weight": 1}, "b.jsonl"]}),
     Case("no target", ["target_modules", "at least one"], {"adaptation": {"kind": "lora", "target_modules": []}}),
     Case("unknown --set", ["--set train.lr=1", "did you mean learning_rate"], options=("--set", "train.lr=1")),
@@ -89,6 +104,14 @@ BEFORE_THE_DATA = [
     Case("revision of a folder", ["model.revision", "only a hub id"], {"model.revision": "main"}),
     Case("target", ["'q_porj'", "q_proj"], {"adaptation": {"kind": "lora", "target_modules": ["q_porj"]}}),
     Case("text as target", ["write a list: [q_proj]"], {"adaptation": {"kind": "lora", "target_modules": "q_proj"}}),
+    peft("unknown type of PEFT", "'BOFFT'", "Nearest: BOFT", peft_type="BOFFT"),
+    peft("unknown key of PEFT", "boft_blocksize", "boft_block_size", peft_type="BOFT", boft_blocksize=4),
+    peft("ill-typed key of PEFT", "config.r: 'four'", "LoraConfig", "integer", peft_type="LORA", r="four"),
+    peft("block that does not divide", "PEFT cannot build BOFT", "divisible", peft_type="BOFT", boft_block_size=5),
+    peft("target of PEFT", "'q_porj'", "q_proj", peft_type="IA3", target_modules=["q_porj"], feedforward_modules=[]),
+    peft("virtual tokens", "packed row", "Types that train:", peft_type="PROMPT_TUNING", num_virtual_tokens=8),
+    peft("key of ours", "config.task_type", "CAUSAL_LM", peft_type="LORA", task_type="SEQ_CLS"),
+    peft("whole weights under ZeRO-3", "OSF", "ZeRO-3", "cluster.zero to 2", zero=3, peft_type="OSF"),
     Case(
         "workers",
         ["4096 workers × 1 CPU = 4096 CPUs; this machine has", "cluster.workers: "],

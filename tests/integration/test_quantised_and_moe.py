@@ -8,37 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from tiny_models import make, tokenizer
-from trainings import losses, recipe, train_here, write_rows, zero
+from trainings import assert_frozen_weights_unchanged, losses, recipe, train_here, write_rows, zero
 from transformers import AutoModelForCausalLM
 from workers import run_workers
 
-from tunesmith.trainers import models
-from tunesmith.trainers.export import whole_weights
 from tunesmith.trainers.loop import Trainer
-from tunesmith.trainers.models import resolve_base
 from tunesmith.trainers.moe import moe_blocks
 
 A_ROW, B_ROW = "aaaaaaaaaaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbbbbbbbbbb"
-
-
-def _assert_frozen_weights_unchanged(folder: Path, trainer: Trainer) -> None:
-    """Bit for bit, gathered from all shards and compared with the base loaded anew."""
-    after = whole_weights(trainer.engine.module.model, lambda _name, p: not p.requires_grad)
-    if dist.get_rank() > 0:
-        return
-    base = resolve_base(trainer.recipe.model.base, None, folder / "runs")
-    fresh = models.build(trainer.recipe, base, device="cpu", dtype=torch.float32, zero3=False)
-    before = {name: p.detach() for name, p in fresh.named_parameters() if not p.requires_grad}
-    assert before.keys() == after.keys()
-    assert before, "nothing is frozen"
-    for name, weight in before.items():
-        assert torch.equal(_bytes(weight), _bytes(after[name])), name
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().view(torch.uint8).flatten()
 
 
 def _train_quantised(folder: Path, stages: tuple[int, ...]) -> None:
@@ -51,7 +29,7 @@ def _train_quantised(folder: Path, stages: tuple[int, ...]) -> None:
             adaptation={"kind": "lora", "rank": 4, "target_modules": "all-linear"},
             cluster=zero(stage),
         )
-        _assert_frozen_weights_unchanged(folder, train_here(folder, written))
+        assert_frozen_weights_unchanged(folder, train_here(folder, written))
 
 
 @pytest.mark.timeout(400)
@@ -115,7 +93,7 @@ def _train_moe(folder: Path, kind: str, runs: list[tuple[str, int]]) -> None:
         trainer = train_here(folder, written)
         assert _ranks_were_apart(trainer), "no step gave the two ranks different letters"
         if adaptation == "lora":
-            _assert_frozen_weights_unchanged(folder, trainer)
+            assert_frozen_weights_unchanged(folder, trainer)
 
 
 def _ranks_were_apart(trainer: Trainer) -> bool:

@@ -139,3 +139,5 @@ class ParityReceipt(BaseModel):
     """Largest difference from the training forward, by way of loading: `artifact`, `merged`, ..."""
     base_difference: float | None = None
     """Largest difference from the untuned base; 0 means that nothing was learnt, and fails."""
+    unmerged: str = ""
+    """Why the adapter cannot be merged into its base, in PEFT's words; empty when it was, or when there is none."""

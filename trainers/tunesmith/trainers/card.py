@@ -11,7 +11,7 @@ import yaml
 from tunesmith.cluster.artifacts import MaskReceipt, ParityReceipt
 from tunesmith.cluster.metrics import read_metrics
 from tunesmith.cluster.recipe.load import recipe_hash, resolved
-from tunesmith.cluster.recipe.schema import Lora, Recipe
+from tunesmith.cluster.recipe.schema import Adapter, Lora, Peft, Recipe
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers.base import BaseRef
 from tunesmith.trainers.data.prepare import Prepared
@@ -42,11 +42,12 @@ def card(
 
 
 def _front_matter(recipe: Recipe, base: BaseRef) -> str:
-    is_adapter = isinstance(recipe.adaptation, Lora)
+    spec = recipe.adaptation
+    is_adapter, peft_type = isinstance(spec, Adapter), [spec.peft_type.lower()] if isinstance(spec, Peft) else []
     fields: dict[str, Any] = {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["tunesmith", recipe.objective.kind, recipe.adaptation.kind],
+        "tags": ["tunesmith", recipe.objective.kind, recipe.adaptation.kind, *peft_type],
     }
     if base.revision:
         fields = {"base_model": base.reference, **fields}
@@ -56,17 +57,20 @@ def _front_matter(recipe: Recipe, base: BaseRef) -> str:
 def _summary(recipe: Recipe, base: BaseRef) -> str:
     objective = {"cpt": "continued pre-training", "sft": "supervised fine-tuning"}[recipe.objective.kind]
     spec = recipe.adaptation
+    bits = {None: "", "nf4": ", over a base held in 4 bits (nf4)", "int8": ", over a base held in 8 bits (LLM.int8)"}
+    quantized = bits[recipe.model.quantization]
     if isinstance(spec, Lora):
-        quantized = ", over a base held in 4 bits (nf4)" if recipe.model.quantization else ""
         how = f"A LoRA adapter of rank {spec.rank} (alpha {spec.lora_alpha:g}){quantized}"
+    elif isinstance(spec, Peft):
+        how = f"An adapter of PEFT's type {spec.peft_type}{quantized}"
     else:
         how = "A whole model, every weight trained"
     return f"{how}, made by {objective} of `{base.reference}` with Tunesmith."
 
 
 def _loading(recipe: Recipe, base: BaseRef, data: Prepared) -> str:
-    kind = "AutoPeftModelForCausalLM" if isinstance(recipe.adaptation, Lora) else "AutoModelForCausalLM"
-    library = "peft" if isinstance(recipe.adaptation, Lora) else "transformers"
+    kind = "AutoPeftModelForCausalLM" if isinstance(recipe.adaptation, Adapter) else "AutoModelForCausalLM"
+    library = "peft" if isinstance(recipe.adaptation, Adapter) else "transformers"
     lines = [f"from {library} import {kind}", "from transformers import AutoTokenizer", ""]
     lines += [f'model = {kind}.from_pretrained("PATH_OF_THIS_FOLDER", dtype="auto")']
     lines += ['tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")']
@@ -81,7 +85,7 @@ def _loading(recipe: Recipe, base: BaseRef, data: Prepared) -> str:
         lines += ['inputs = tokenizer("...", return_tensors="pt")']
     lines += [f"output = model.generate(**inputs, max_new_tokens=256{stop})"]
     text = "```python\n" + "\n".join(lines) + "\n```"
-    if isinstance(recipe.adaptation, Lora) and not base.revision:
+    if isinstance(recipe.adaptation, Adapter) and not base.revision:
         text += (
             f"\n\nPEFT looks for the base in `{base.path}`, as `adapter_config.json` says; change it there if it moves."
         )
@@ -124,7 +128,8 @@ def _receipts(folder: Path, parity: ParityReceipt, split: str) -> str:
         f"{split} rows; largest difference from the training forward: {ways} nats (up to {parity.tolerance:g} passes); "
         f"from the base: {parity.base_difference:.2g} nats"
     )
-    return "\n".join([*lines, *(f"  - {problem}" for problem in parity.problems)])
+    unmerged = [f"  - this adapter cannot be merged into its base: {parity.unmerged}"] if parity.unmerged else []
+    return "\n".join([*lines, *unmerged, *(f"  - {problem}" for problem in parity.problems)])
 
 
 def _verdict(passed: bool) -> str:

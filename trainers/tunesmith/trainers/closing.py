@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tunesmith.cluster.artifacts import MaskReceipt, ParityReceipt
 from tunesmith.cluster.metrics import read_metrics
-from tunesmith.cluster.recipe.schema import Recipe
+from tunesmith.cluster.recipe.schema import Adapter, Recipe
 from tunesmith.trainers.launch import Result, run_folder
 
 PASSED = {True: "passed", False: "FAILED"}
@@ -45,8 +45,9 @@ def summary(recipe: Recipe, result: Result, arguments: list[str]) -> str:
     if found.loss_before is not None and found.loss_after is not None:
         loss = f"{found.loss_before:.3f} → {found.loss_after:.3f}"
     picture = [f"  course of the loss  {folder.loss_picture}"] if folder.loss_picture.exists() else []
-    kind = "AutoPeftModelForCausalLM" if recipe.adaptation.kind == "lora" else "AutoModelForCausalLM"
-    library = "peft" if recipe.adaptation.kind == "lora" else "transformers"
+    is_adapter = isinstance(recipe.adaptation, Adapter)
+    kind = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
+    library = "peft" if is_adapter else "transformers"
     return "\n".join(
         [
             "",

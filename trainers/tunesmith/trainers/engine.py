@@ -51,7 +51,7 @@ def _skip_inference_kernel() -> None:
 
 
 def _optimizer(recipe: Recipe, policy: nn.Module) -> torch.optim.Optimizer:
-    """AdamW; weight decay touches matrices only, as is usual: not biases and norms."""
+    """AdamW, its moments in 32 or 8 bits; weight decay touches matrices only, as is usual: not biases and norms."""
     train = recipe.train
     trainable = [p for p in policy.parameters() if p.requires_grad]
     groups = [
@@ -68,6 +68,10 @@ def _optimizer(recipe: Recipe, policy: nn.Module) -> torch.optim.Optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    if train.optimizer == "adamw_8bit":
+        from bitsandbytes.optim.adamw import AdamW8bit
+
+        return AdamW8bit(groups, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from tunesmith.cluster.artifacts import ParityReceipt
 from tunesmith.cluster.errors import ReceiptError
 from tunesmith.cluster.recipe.load import recipe_hash
-from tunesmith.cluster.recipe.schema import Lora, Recipe
+from tunesmith.cluster.recipe.schema import Adapter, Recipe
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.storage import commit_folder
 from tunesmith.trainers import card
 from tunesmith.trainers.base import BaseRef
+from tunesmith.trainers.checkpoint_files import tensor_bytes
 from tunesmith.trainers.data.prepare import Prepared
 from tunesmith.trainers.models import load_tokenizer
 from tunesmith.trainers.ranks import on_first
@@ -49,12 +50,13 @@ def write_artifact(
     split, store, rows = parity.choose_rows(data, recipe.eval.parity_rows)
     trained = parity.training_logps(engine, store, rows, data.report.max_length, device)
     model = engine.module.model
-    weights = whole_weights(model, _is_adapter if isinstance(recipe.adaptation, Lora) else _is_any)
+    is_adapter = isinstance(recipe.adaptation, Adapter)
+    weights = whole_weights(model, _is_adapter if is_adapter else _is_any, every_name=is_adapter)
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
 
     def write() -> ParityReceipt:
         about: dict[str, Any] = {"kind": "artifact"}
-        needed = sum(tensor.nbytes for tensor in weights.values())
+        needed = tensor_bytes(weights)
         with commit_folder(run.artifact, about, needed) as folder:
             save_weights(model, weights, folder, data.report.end_of_turn)
             save_tokenizer(base, data.report.chat_template, folder)
@@ -76,21 +78,34 @@ def write_artifact(
     return receipt
 
 
-def whole_weights(model: nn.Module, wanted: Callable[[str, nn.Parameter], bool]) -> dict[str, Tensor]:
+def whole_weights(
+    model: nn.Module, wanted: Callable[[str, nn.Parameter], bool], every_name: bool = False
+) -> dict[str, Tensor]:
     """Copies of the wanted parameters, and of saved buffers, on rank 0's CPU; empty elsewhere. Collective.
 
-    ZeRO-3 shards are gathered one parameter at a time. Tied parameters appear once.
+    ZeRO-3 shards are gathered one parameter at a time.
+
+    Args:
+        wanted: by name and parameter.
+        every_name: whether a tensor that goes by several names appears under each of them, as the tensors that an
+            adapter's layers share do; else tied parameters appear once.
     """
     is_first = _rank() == 0
     weights: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if wanted(name, parameter):
+    copies: dict[int, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=not every_name):
+        if not wanted(name, parameter):
+            continue
+        if id(parameter) not in copies:
             with _whole(parameter):
-                if is_first:
-                    weights[name] = parameter.detach().to("cpu", copy=True)
-    if is_first and wanted is _is_any:
+                copies[id(parameter)] = parameter.detach().to("cpu", copy=True) if is_first else torch.empty(0)
+        if is_first:
+            weights[name] = copies[id(parameter)]
+    if is_first:
         kept = model.state_dict().keys()
-        weights |= {name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers() if name in kept}
+        copies = {id(buffer): buffer.detach().cpu().clone() for buffer in model.buffers()}
+        named = model.named_buffers(remove_duplicate=not every_name)
+        weights |= {name: copies[id(buffer)] for name, buffer in named if name in kept}
     return weights
 
 
@@ -109,9 +124,8 @@ def save_weights(model: Any, weights: dict[str, Tensor], folder: Path, end_of_tu
     from safetensors.torch import save_file
 
     adapter = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in adapter.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"}
-    )
+    apart = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in adapter.items()}
+    save_file(apart, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     settings = model.peft_config["default"].to_dict() | {"inference_mode": True}
     text = json.dumps({key: _plain(value) for key, value in settings.items()}, indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")

@@ -5,13 +5,16 @@ Nothing heavy is imported before it is needed: the driver resolves and checks a 
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cluster.errors import ModelError
-from tunesmith.cluster.recipe.schema import Lora, Recipe
+from tunesmith.cluster.recipe.schema import Lora, Peft, Recipe
+from tunesmith.trainers import zero
 from tunesmith.trainers.base import BaseRef, resolve_base, tensor_shapes
 
 if TYPE_CHECKING:
@@ -43,14 +46,46 @@ def check_adaptation(recipe: Recipe, base: BaseRef) -> None:
     imported; only otherwise is the model built without weights, for the exact answer.
 
     Raises:
-        ModelError: a LoRA target matches no module; the message lists the nearest names.
+        ModelError: a target matches no module (the message lists the nearest names); or settings of PEFT's are wrong, do
+            not fit the model, or cannot be trained.
     """
     spec = recipe.adaptation
+    if isinstance(spec, Peft):
+        _check_peft(recipe, spec, base)
+        return
     if not isinstance(spec, Lora) or _surely_matches(spec.target_modules, base):
         return
     from tunesmith.trainers.adaptations import lora
 
     lora.matches(skeleton(base), spec.target_modules)
+
+
+def _check_peft(recipe: Recipe, spec: Peft, base: BaseRef) -> None:
+    """Builds the adapter on a model without weights: what is wrong with it, PEFT says then."""
+    from tunesmith.trainers.adaptations import peft_types
+
+    peft_types.refuse(spec, zero.stage(recipe.cluster), recipe.model.quantization)
+    with _quiet():
+        import torch
+
+        from tunesmith.trainers.adaptations import peft
+
+        # NotImplementedError: a few types make their first weights from numbers, which a worker will have
+        with suppress(NotImplementedError):
+            peft.adapt(skeleton(base), spec, base=base.loadable, revision=base.revision, seed=0, dtype=torch.float32)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it libraries warn of nothing: the workers will hear it again, and their output goes to the run's log."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def skeleton(base: BaseRef) -> nn.Module:
@@ -71,7 +106,7 @@ def build(
     zero3: bool,
     deepspeed_config: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """The model that is trained: a Transformers model (`full`) or a PEFT model around it (`lora`).
+    """The model that is trained: a Transformers model (`full`) or a PEFT model around it (`lora`, `peft`).
 
     The same recipe gives the same first weights on every rank, ZeRO stage and world size. Under ZeRO-3 the weights are
     sharded as they are loaded, so torch.distributed must be initialised; a quantised base is loaded whole on every rank
@@ -86,23 +121,37 @@ def build(
     Raises:
         ModelError: Transformers does not know the architecture, weights are missing, or a LoRA target matches nothing.
     """
+    if isinstance(recipe.adaptation, Peft):
+        from tunesmith.trainers.adaptations import peft_types
+
+        peft_types.refuse(recipe.adaptation, 3 if zero3 else 0, recipe.model.quantization)
     shards_at_load = zero3 and recipe.model.quantization is None
-    model = _load(recipe, base, device, dtype, (deepspeed_config or _zero3_config(dtype)) if shards_at_load else None)
-    return adapt(model, recipe, base=base.loadable, revision=base.revision, dtype=dtype)
+    zero3_config = (deepspeed_config or _zero3_config(dtype)) if shards_at_load else None
+    with _zero3_alive(zero3_config):  # Transformers shards what it loads, and PEFT gathers what it reads of it
+        model = _load(recipe, base, device, dtype, is_sharded=shards_at_load)
+        return adapt(model, recipe, base=base.loadable, revision=base.revision, dtype=dtype)
 
 
-def adapt(model: Any, recipe: Recipe, *, base: str, revision: str | None, dtype: torch.dtype) -> nn.Module:
+def adapt(
+    model: Any, recipe: Recipe, *, base: str, revision: str | None, dtype: torch.dtype, for_training: bool = True
+) -> nn.Module:
     """A loaded base made ready to train: adapted, its experts ZeRO-3 leaves, its activations checkpointed or not.
 
+    Args:
+        for_training: False builds the adapters too that this loop cannot train, for the planner.
+
     Raises:
-        ModelError: a LoRA target matches nothing.
+        ModelError: a LoRA target matches nothing, or PEFT's settings do not fit.
     """
     from tunesmith.trainers import moe
-    from tunesmith.trainers.adaptations import full, lora
+    from tunesmith.trainers.adaptations import full, lora, peft
 
     spec = recipe.adaptation
+    first: dict[str, Any] = {"base": base, "revision": revision, "seed": recipe.train.seed, "dtype": dtype}
     if isinstance(spec, Lora):
-        adapted = lora.adapt(model, spec, base=base, revision=revision, seed=recipe.train.seed, dtype=dtype)
+        adapted = lora.adapt(model, spec, **first)
+    elif isinstance(spec, Peft):
+        adapted = peft.adapt(model, spec, **first, for_training=for_training)
     else:
         adapted = full.adapt(model, spec)
     moe.make_leaves(adapted)
@@ -113,7 +162,8 @@ def adapt(model: Any, recipe: Recipe, *, base: str, revision: str | None, dtype:
 
 
 def quantization_config(kind: str | None, dtype: torch.dtype) -> Any:
-    """Transformers' quantisation settings: nf4 with double quantisation (Dettmers et al. 2023), or None.
+    """Transformers' quantisation settings: nf4 with double quantisation (Dettmers et al. 2023), LLM.int8 (Dettmers et al.
+    2022), or None.
 
     The 4-bit codes are stored in tensors of the training format, which ZeRO-3 can shard and gather like any weight.
     """
@@ -121,6 +171,8 @@ def quantization_config(kind: str | None, dtype: torch.dtype) -> Any:
         return None
     from transformers import BitsAndBytesConfig
 
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
     assert kind == "nf4", f"unknown quantisation {kind}"
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -142,14 +194,12 @@ def keep_codes(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def _load(
-    recipe: Recipe, base: BaseRef, device: torch.device | str, dtype: torch.dtype, zero3: dict[str, Any] | None
-) -> Any:
+def _load(recipe: Recipe, base: BaseRef, device: torch.device | str, dtype: torch.dtype, *, is_sharded: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
     quantization = quantization_config(recipe.model.quantization, dtype)
-    with _model_errors(base), _zero3_loading(zero3), torch.random.fork_rng(devices=[]):
+    with _model_errors(base), torch.random.fork_rng(devices=[]):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base.path,
             dtype=dtype,
@@ -160,7 +210,7 @@ def _load(
     model, info = loaded
     _require_all_weights(model, info, base)
     keep_codes(model)
-    return model if zero3 or quantization else model.to(device)
+    return model if is_sharded or quantization else model.to(device)
 
 
 def _require_all_weights(model: Any, info: dict[str, Any], base: BaseRef) -> None:
@@ -188,8 +238,8 @@ def _zero3_config(dtype: torch.dtype) -> dict[str, Any]:
 
 
 @contextmanager
-def _zero3_loading(config: dict[str, Any] | None) -> Iterator[None]:
-    """Within it Transformers shards what it loads; the global reference it looks at must not outlive the load."""
+def _zero3_alive(config: dict[str, Any] | None) -> Iterator[None]:
+    """Within it Transformers and PEFT know of ZeRO-3, by a global reference that must not outlive the building."""
     if config is None:
         yield
         return

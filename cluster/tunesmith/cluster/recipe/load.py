@@ -166,7 +166,7 @@ def _written_path(loc: tuple[str | int, ...], origins: dict[KeyPath, str]) -> Ke
 
 
 def _is_tag(before: list[str | int], part: str | int) -> bool:
-    return before == ["adaptation"] and part in ("full", "lora")
+    return before == ["adaptation"] and part in ("full", "lora", "peft")
 
 
 def _section_at(loc: tuple[str | int, ...]) -> type[BaseModel] | None:

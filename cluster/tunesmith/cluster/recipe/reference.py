@@ -91,7 +91,13 @@ def _value(field: dict[str, Any], path: str, key: str, definitions: dict[str, An
             if "$ref" in items
             else f"a list of {_value(items, path, key, definitions)}"
         )
-    words = {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true`, `false`"}
+    words = {
+        "string": "text",
+        "integer": "whole number",
+        "number": "number",
+        "boolean": "`true`, `false`",
+        "object": "keys and values",
+    }
     return words[field["type"]] + _limits(field)
 
 

@@ -21,8 +21,9 @@ class Model(Section):
     """A hub id, a folder, `run:NAME` (the artifact of an earlier run in the same output folder) or `builtin:NAME`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id. None takes the default branch."""
-    quantization: Literal["nf4"] | None = None
-    """Holds the frozen base in 4-bit NormalFloat (QLoRA). Needs the adaptation `lora`."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Holds the frozen base in fewer bits: `nf4` is 4-bit NormalFloat (QLoRA), `int8` is LLM.int8 (arXiv:2208.07339), for
+    ZeRO 0 to 2. Needs the adaptation `lora`, or a type of `peft` that takes such layers."""
     attention: Literal["auto", "reference"] = "auto"
     """`auto` takes the fastest path that equals the reference; `reference` is the plain 4-D mask."""
     router_aux_loss_coef: Annotated[float, Field(ge=0.0)] | None = None
@@ -139,6 +140,32 @@ class Lora(Section):
         return value
 
 
+class Peft(Section):
+    """Any adapter of the PEFT library, with PEFT's own settings. [Adaptations](adaptations.md) says which of them train."""
+
+    kind: Literal["peft"]
+    """`peft`."""
+    config: dict[str, Any]
+    """The settings of the type's PEFT config class, and `peft_type`, which chooses it:
+    `{peft_type: BOFT, boft_block_size: 4, target_modules: [q_proj, v_proj]}`."""
+
+    @field_validator("config")
+    @classmethod
+    def _name_a_type(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(value.get("peft_type"), str) or not value["peft_type"]:
+            raise ValueError("peft_type is missing: it names one of PEFT's types, such as BOFT, IA3 or LOHA")
+        return value
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of the type, in its own upper case."""
+        return self.config["peft_type"].upper()
+
+
+Adapter = Lora | Peft
+"""The adaptations that train weights beside a frozen base, and whose artifact is a PEFT folder."""
+
+
 class EarlyStopping(Section):
     """Stops when the metric no longer improves."""
 
@@ -165,8 +192,9 @@ class Train(Section):
     """Forward/backward passes of each worker before an optimizer step."""
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: about a third more time for much less memory."""
-    optimizer: Literal["adamw"] = "adamw"
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); `adamw_8bit` holds its moments in blocks of 8-bit numbers
+    (arXiv:2110.02861), 2 bytes a trained parameter instead of 8."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled weight decay, on matrices only."""
     adam_beta1: Fraction = 0.9
@@ -272,7 +300,7 @@ class Recipe(Section):
     """What is trained on."""
     objective: Objective
     """What is minimised."""
-    adaptation: Annotated[Full | Lora, Field(discriminator="kind")]
+    adaptation: Annotated[Full | Lora | Peft, Field(discriminator="kind")]
     """What may change. `adaptation: lora` is short for `adaptation: {kind: lora}`."""
     train: Train = Train()
     """How it is minimised."""
@@ -290,9 +318,24 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _quantization_is_frozen(self) -> Recipe:
-        if self.model.quantization and self.adaptation.kind != "lora":
+        quantization = self.model.quantization
+        if quantization and not isinstance(self.adaptation, Adapter):
             raise ValueError(
-                f"model.quantization: {self.model.quantization} freezes the base, so adaptation: {self.adaptation.kind} "
-                "could change nothing; use adaptation: lora"
+                f"model.quantization: {quantization} freezes the base, so adaptation: {self.adaptation.kind} "
+                "could change nothing; use adaptation: lora or peft"
+            )
+        if quantization == "int8" and self.cluster.zero == 3:
+            raise ValueError(
+                "model.quantization: int8 gains nothing from cluster.zero: 3, because every int8 layer keeps its codes whole "
+                "beside the parameter that would be sharded; use zero: 2, or nf4"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_place_for_the_moments(self) -> Recipe:
+        if self.train.optimizer == "adamw_8bit" and self.cluster.offload != "none":
+            raise ValueError(
+                f"train.optimizer: adamw_8bit does not go with cluster.offload: {self.cluster.offload}, whose optimizer "
+                "DeepSpeed runs on the CPU with moments of 32 bits; use one of the two"
             )
         return self

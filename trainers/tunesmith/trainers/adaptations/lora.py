@@ -19,6 +19,7 @@ from tunesmith.cluster.recipe.schema import Lora
 from tunesmith.trainers.moe import moe_blocks
 
 ALL_LINEAR = "all-linear"
+TARGETS_KEY = "adaptation.target_modules"
 FUSED = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 """Endings that PEFT redirects to the router and the fused experts of a mixture-of-experts model. Those stay frozen: an
 update of every expert costs as many times more, and servers of adapters do not take it."""
@@ -86,18 +87,18 @@ def matches(model: nn.Module, targets: str | list[str]) -> list[str]:
         linear = [name for name in adaptable if not isinstance(modules[name], nn.Embedding)]
         found = [name for name in linear if modules[name] is not head and not (fused and _ending(name) in FUSED)]
         if not found:
-            raise _nothing(targets, adaptable)
+            raise nothing(targets, adaptable)
         return sorted(found)
     picked: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
-        found = _pick(target, modules, regular_expression=isinstance(targets, str))
+        found = pick(target, modules, regular_expression=isinstance(targets, str))
         if not found and targets in _endings(adaptable):
             raise ModelError(
                 f"adaptation.target_modules: {target!r} as a text is a regular expression of full module names, and matches none",
                 f"For all layers of this name write a list: [{target}].",
             )
         if not found:
-            raise _nothing(target, adaptable)
+            raise nothing(target, adaptable)
         if wrong := [name for name in found if name not in adaptable]:
             raise ModelError(
                 f"adaptation.target_modules: {target!r} matches {wrong[0]}, a {type(modules[wrong[0]]).__name__}, "
@@ -114,13 +115,18 @@ def matches(model: nn.Module, targets: str | list[str]) -> list[str]:
     return sorted(picked)
 
 
-def _pick(target: str, modules: dict[str, nn.Module], regular_expression: bool) -> list[str]:
+def pick(target: str, modules: dict[str, nn.Module], regular_expression: bool, key: str = TARGETS_KEY) -> list[str]:
+    """Names of the modules that one target picks, as PEFT would pick them: by ending, or by a regular expression.
+
+    Raises:
+        ModelError: it is no regular expression; the message begins with `key`.
+    """
     if not regular_expression:
         return [name for name in modules if name == target or name.endswith(f".{target}")]
     try:
         pattern = re.compile(target)
     except re.error as error:
-        raise ModelError(f"adaptation.target_modules: {target!r} is no regular expression: {error}") from error
+        raise ModelError(f"{key}: {target!r} is no regular expression: {error}") from error
     return [name for name in modules if name and pattern.fullmatch(name)]
 
 
@@ -145,7 +151,7 @@ def _endings(names: Iterable[str]) -> list[str]:
     return sorted({_ending(name) for name in names})
 
 
-def _nothing(target: Any, adaptable: Iterable[str]) -> ModelError:
+def nothing(target: Any, adaptable: Iterable[str], key: str = TARGETS_KEY) -> ModelError:
     """The error for a target that matches nothing, with the names that come nearest."""
     names = list(adaptable)
     endings = _endings(names)
@@ -156,6 +162,6 @@ def _nothing(target: Any, adaptable: Iterable[str]) -> ModelError:
         f"Nearest: {', '.join(f'{end} ({full})' for end, full in zip(near, examples, strict=True))}. " if near else ""
     )
     return ModelError(
-        f"adaptation.target_modules: {target!r} matches none of the model's modules",
+        f"{key}: {target!r} matches none of the model's modules",
         f"{hint}Layers that can be adapted end in: {', '.join(endings)}.",
     )
