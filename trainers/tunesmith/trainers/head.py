@@ -141,11 +141,16 @@ class _LabelLogps(torch.autograd.Function):
 
 
 def _chunks(hidden_LD: Tensor, target_L: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
-    """As few chunks as the bytes allow, of equal size: the last one is kept for the backward pass, and spares most so."""
-    most = max(1, CHUNK_BYTES // (4 * vocabulary))
-    count = max(1, -(-len(target_L) // most))
-    size = max(1, -(-len(target_L) // count))
+    size = chunk_size(len(target_L), vocabulary)
     return list(zip(hidden_LD.split(size), target_L.split(size), strict=True))
+
+
+def chunk_size(labels: int, vocabulary: int) -> int:
+    """Labels of a chunk: as few chunks as the bytes allow, of equal size, because the last is kept for the backward pass
+    and spares most so."""
+    most = max(1, CHUNK_BYTES // (4 * vocabulary))
+    count = max(1, -(-labels // most))
+    return max(1, -(-labels // count))
 
 
 def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, transform: LogitTransform) -> Tensor:

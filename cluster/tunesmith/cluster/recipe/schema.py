@@ -186,12 +186,14 @@ class Train(Section):
     """Passes over the training rows. Give this or `max_steps`; 1 when neither is given."""
     max_steps: PositiveInt | None = None
     """Optimizer steps."""
-    per_device_train_batch_size: PositiveInt = 1
-    """Rows a worker takes in one forward: packed rows of `data.max_length` tokens, or single examples without packing."""
+    per_device_train_batch_size: Literal["auto"] | PositiveInt = 1
+    """Rows a worker takes in one forward: packed rows of `data.max_length` tokens, or single examples without packing.
+    `auto` is what trains most tokens a second of 1, 2, 4, 8 and 16 that fit; it changes the global batch."""
     gradient_accumulation_steps: PositiveInt = 1
     """Forward/backward passes of each worker before an optimizer step."""
-    gradient_checkpointing: bool = False
-    """Recomputes activations in the backward pass: about a third more time for much less memory."""
+    gradient_checkpointing: Literal["auto"] | bool = False
+    """Recomputes activations in the backward pass: about a third more time for much less memory. `auto` does so when it
+    does not fit otherwise."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); `adamw_8bit` holds its moments in blocks of 8-bit numbers
     (arXiv:2110.02861), 2 bytes a trained parameter instead of 8."""
@@ -250,11 +252,13 @@ class Cluster(Section):
     memory_gib_per_worker: PositiveFloat | None = None
     """Host memory in GiB that each worker must be able to reserve. None reserves none."""
     zero: Literal["auto", 0, 1, 2, 3] = "auto"
-    """DeepSpeed ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 weights too. `auto` is 0 on one worker, else 2."""
+    """DeepSpeed ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 weights too. `auto` is 0 on
+    one worker, else the fastest stage that fits."""
     zero3_persistence_threshold: Annotated[int, Field(ge=0)] = 100_000
     """Under ZeRO-3, parameters with fewer elements stay whole on every worker, which saves small messages."""
-    offload: Literal["none", "cpu", "nvme"] = "none"
-    """Where optimizer state (ZeRO 1-3) and weights (ZeRO-3) rest between uses. `nvme` needs ZeRO-3."""
+    offload: Literal["auto", "none", "cpu", "nvme"] = "none"
+    """Where optimizer state (ZeRO 1-3) and weights (ZeRO-3) rest between uses. `nvme` needs ZeRO-3. `auto` is `cpu` when it
+    does not fit otherwise."""
     nvme_path: str | None = None
     """Folder on a local NVMe disk, for `offload: nvme`."""
     timeout_s: PositiveInt = 1800

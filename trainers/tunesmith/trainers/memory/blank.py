@@ -78,7 +78,9 @@ def causal_lm(config: dict[str, Any], dtype: torch.dtype, quantization: str | No
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model.base: no model can be built from its config: {reason}") from error
     if quantization is not None:
-        _quantize(model, quantization, dtype)
+        from tunesmith.trainers.memory.quantized import quantize
+
+        quantize(model, quantization, dtype)
     return model
 
 
@@ -102,17 +104,16 @@ def hf_model(recipe: Recipe, config: dict[str, Any], dtype: torch.dtype, adapter
     """Makes what the HF Trainer is given: a Transformers model, or PEFT's wrapper around one.
 
     Args:
-        adapter_fp32: PEFT's default without DeepSpeed, which keeps its own fp32 copy.
+        adapter_fp32: whether adapters are fp32, which is PEFT's default; DeepSpeed keeps its own fp32 copy.
     """
 
     def build() -> nn.Module:
         from tunesmith.trainers import models
 
         model = causal_lm(config, dtype, recipe.model.quantization)
-        if recipe.train.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         _attend_as_full_rows(model)
-        return models.adapt_as_peft(model, recipe, adapter_fp32)
+        adapter_dtype = torch.float32 if adapter_fp32 else dtype
+        return models.adapt(model, recipe, base="planned", revision=None, dtype=adapter_dtype, for_training=False)
 
     return build
 
@@ -132,29 +133,6 @@ def _attend_as_full_rows(model: Any) -> None:
 
     ALL_ATTENTION_FUNCTIONS.register(HF_ATTENTION, attend)
     model.config._attn_implementation = HF_ATTENTION
-
-
-def _quantize(model: Any, quantization: str, dtype: torch.dtype) -> None:
-    """Replaces linear layers by bitsandbytes' and packs their weights, as loading does."""
-    import bitsandbytes as bnb
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    from tunesmith.trainers.models import keep_codes, quantization_config
-
-    settings = quantization_config(quantization, dtype)
-    shapes = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    replace_with_bnb_linear(
-        model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=settings
-    )
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            plain = shapes[name].weight
-            weight = bnb.nn.Params4bit(
-                torch.empty_like(plain), requires_grad=False, quant_type="nf4", compress_statistics=True, quant_storage=dtype
-            )
-            module.weight = weight._quantize(plain.device)
-    keep_codes(model)
 
 
 def _targets_by_path(adapter: dict[str, Any]) -> str:

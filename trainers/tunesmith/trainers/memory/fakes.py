@@ -24,12 +24,22 @@ def pretending() -> Iterator[None]:
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     for owner, name, stand_in in replaced:
         setattr(owner, name, stand_in)
+    code_tables = _code_tables()
+    before = dict(code_tables)
     try:
         with _AnyValue():
             yield
     finally:
         for owner, name, original in saved:
             setattr(owner, name, original)
+        code_tables.clear()  # a fake one must not be found by a real model
+        code_tables.update(before)
+
+
+def _code_tables() -> dict[str, Any]:
+    """Tensors that bitsandbytes makes once and keeps."""
+    functional: Any = sys.modules.get("bitsandbytes.functional")
+    return {} if functional is None else functional.name2qmap
 
 
 class _AnyValue(TorchDispatchMode):

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tunesmith.trainers.batch import Batch, Forest
 from tunesmith.trainers.memory.fakes import pretending
 from tunesmith.trainers.memory.tracker import ACTIVATIONS, Bytes, MemoryTracker
+from tunesmith.trainers.moe import moe_blocks
 
 Keeping = Literal["kept", "freed"]
 """What the engine does with a gradient that backward has made: keeps it, or moves it to a buffer at once."""
@@ -52,14 +53,16 @@ class ParameterKind(NamedTuple):
     """What parameters of one size have in common."""
 
     elements: int
-    """Elements of each, as stored: packed 4-bit weights count by their storage."""
+    """Elements of each as they are stored."""
+    numbers: int
+    """Numbers that each stands for: four 4-bit ones fit an element of 16 bits."""
     item: int
     """Bytes of an element."""
     is_trainable: bool
     is_added: bool
     """Whether an adapter has brought it."""
     role: str
-    """`embedding` or `head` for one that nothing else uses, else `body`."""
+    """`embedding` or `head` for one that nothing else uses, `expert`, else `body`."""
 
 
 @dataclass
@@ -70,11 +73,13 @@ class Simulation:
         windows: for each part of the step, bytes by cause when most were alive; weights left out.
         parameters: how many there are of each kind, shared ones once.
         fixed_bytes: of what is no parameter: buffers, and the scales of quantised weights.
+        largest: elements of the largest parameter, or of all experts of a block, which ZeRO-3 gathers as one.
     """
 
     windows: dict[str, Bytes] = field(default_factory=dict)
     parameters: dict[ParameterKind, float] = field(default_factory=dict)
     fixed_bytes: float = 0
+    largest: int = 0
 
     def elements(self, chosen: Callable[[ParameterKind], bool] = lambda _kind: True) -> int:
         """Elements of the parameters of the chosen kinds."""
@@ -89,32 +94,41 @@ class Simulation:
         """Elements that are trained."""
         return self.elements(lambda kind: kind.is_trainable)
 
-    @property
-    def largest(self) -> int:
-        """Elements of the largest parameter."""
-        return max(kind.elements for kind in self.parameters)
+    def numbers(self, chosen: Callable[[ParameterKind], bool] = lambda _kind: True) -> int:
+        """Parameters as papers count them, of the chosen kinds."""
+        return round(sum(kind.numbers * count for kind, count in self.parameters.items() if chosen(kind)))
 
 
-def extrapolate(shallow: Simulation, deep: Simulation, depths: tuple[int, int], depth: int) -> Simulation:
-    """The simulation of another depth, on the straight line through two.
+def extrapolate(near: Simulation, far: Simulation, at: tuple[int, int], to: int) -> Simulation:
+    """The simulation of another size, on the straight line through two.
 
-    In a window every moment's memory is linear in the depth with one slope, so its worst moment is the same at any depth
-    and the line through its peaks is exact. Windows of middle layers lie between those of the first and last.
+    Of layers: in a window every moment's memory is linear in the depth with one slope, so its worst moment is the same at
+    any depth and the line through its peaks is exact; windows of middle layers lie between those of the first and last.
+    Of labels, likewise: the head scores them in chunks of one size, and keeps as much for each.
     """
-    factor = (depth - depths[0]) / (depths[1] - depths[0])
+    factor = (to - at[0]) / (at[1] - at[0])
+    return _combine(near, far, lambda low, high: low + (high - low) * factor)
 
-    def line(low: float, high: float) -> float:
-        return low + (high - low) * factor
 
-    def lines(low: Mapping[Any, float], high: Mapping[Any, float]) -> dict[Any, float]:
-        return {key: line(low.get(key, 0), high.get(key, 0)) for key in low.keys() | high.keys()}
+def add_difference(simulation: Simulation, base: Simulation, other: Simulation) -> Simulation:
+    """The simulation, changed as `other` differs from `base`."""
+    more = _combine(base, other, lambda low, high: high - low)
+    return _combine(simulation, more, lambda one, difference: one + difference)
+
+
+def _combine(one: Simulation, other: Simulation, how: Callable[[float, float], float]) -> Simulation:
+    def each(left: Mapping[Any, float], right: Mapping[Any, float]) -> dict[Any, float]:
+        return {key: how(left.get(key, 0), right.get(key, 0)) for key in left.keys() | right.keys()}
 
     windows = {
-        name: Counter({cause: round(size) for cause, size in lines(shallow.windows[name], deep.windows[name]).items()})
-        for name in shallow.windows.keys() & deep.windows.keys()
+        name: Counter({cause: round(size) for cause, size in each(one.windows[name], other.windows[name]).items()})
+        for name in one.windows.keys() & other.windows.keys()
     }
     return Simulation(
-        windows, lines(shallow.parameters, deep.parameters), line(shallow.fixed_bytes, deep.fixed_bytes)
+        windows,
+        each(one.parameters, other.parameters),
+        how(one.fixed_bytes, other.fixed_bytes),
+        max(one.largest, other.largest),
     )
 
 
@@ -277,10 +291,7 @@ def _batch(shape: Shape) -> Batch:
 def _result(model: nn.Module, tracker: MemoryTracker) -> Simulation:
     named = {p.untyped_storage()._cdata: (name, p) for name, p in model.named_parameters()}
     roles = _roles(model)
-    kinds = Counter(
-        ParameterKind(p.numel(), p.element_size(), p.requires_grad, _is_added(name), roles.get(key, "body"))
-        for key, (name, p) in named.items()
-    )
+    kinds = Counter(_kind(name, p, roles.get(key, "body")) for key, (name, p) in named.items())
     held = tracker.live[WEIGHTS]
     windows = {}
     for name, parts in tracker.peaks.items():
@@ -288,7 +299,15 @@ def _result(model: nn.Module, tracker: MemoryTracker) -> Simulation:
             windows[name] = Counter({cause: size for cause, size in parts.items() if cause != WEIGHTS})
             windows[name][ACTIVATIONS] += parts[WEIGHTS] - held
     own = sum(p.untyped_storage().nbytes() for _, p in named.values())
-    return Simulation(windows, dict(kinds), held - own)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in moe_blocks(model)]
+    return Simulation(windows, dict(kinds), held - own, max([p.numel() for _, p in named.values()] + blocks))
+
+
+def _kind(name: str, parameter: Tensor, role: str) -> ParameterKind:
+    is_packed = getattr(parameter, "quant_state", None) is not None
+    size = parameter.element_size()
+    numbers = parameter.numel() * size * 2 if is_packed else parameter.numel()
+    return ParameterKind(parameter.numel(), numbers, size, parameter.requires_grad, _is_added(name), role)
 
 
 def _roles(model: Any) -> dict[int, str]:
@@ -298,7 +317,13 @@ def _roles(model: Any) -> dict[int, str]:
         {p.untyped_storage()._cdata for p in module.parameters()} if isinstance(module, nn.Module) else set()
         for module in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
     )
-    return {key: "embedding" for key in embedding - head} | {key: "head" for key in head - embedding}
+    experts = {
+        p.untyped_storage()._cdata: "expert"
+        for block in moe_blocks(model)
+        for name, p in block.named_parameters()
+        if "expert" in name
+    }
+    return experts | {key: "embedding" for key in embedding - head} | {key: "head" for key in head - embedding}
 
 
 def _causal_lm(model: Any) -> Any:

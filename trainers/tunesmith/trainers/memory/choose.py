@@ -1,0 +1,194 @@
+"""What `auto` becomes, and what to change when a recipe does not fit: variants of it, each simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from tunesmith.cluster.recipe.schema import Full, Recipe
+from tunesmith.trainers.memory.predict import Planner, Prediction
+
+BATCHES = (1, 2, 4, 8, 16)
+MOST_TIMES_MORE = 64
+"""How many times as many GPUs are tried."""
+CHECKPOINTING: dict[str, Any] = {"train.gradient_checkpointing": True}
+SHARDED: dict[str, Any] = {"cluster.zero": 3}
+LORA: dict[str, Any] = {"adaptation": {"kind": "lora"}}
+QLORA: dict[str, Any] = {**LORA, "model.quantization": "nf4"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A recipe without any `auto`.
+
+    Attributes:
+        recipe: it.
+        chosen: dotted key -> what was taken for its `auto`.
+        prediction: what it will hold.
+    """
+
+    recipe: Recipe
+    chosen: dict[str, Any]
+    prediction: Prediction
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A change after which the recipe fits.
+
+    Attributes:
+        changes: dotted key -> value.
+        prediction: of the changed recipe.
+        gpus: of the fleet that it needs.
+        gpu_seconds: for a million tokens.
+        costs: times what the recipe itself would cost if it fitted.
+        host_gib: host memory that each GPU needs for what is offloaded, in GiB.
+    """
+
+    changes: dict[str, Any]
+    prediction: Prediction
+    gpus: int
+    gpu_seconds: float
+    costs: float
+    host_gib: float = 0.0
+
+
+def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """A copy with some keys set; nothing of the recipe itself counts as read by it.
+
+    Args:
+        changes: dotted key -> value.
+    """
+    tree = recipe.model_dump(mode="json", exclude_unset=True)
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = value
+    return Recipe.model_validate(tree)
+
+
+def choose(planner: Planner, recipe: Recipe, settled: dict[str, Any] | None = None) -> Choice:
+    """The fastest of what `auto` leaves open that fits; the smallest when nothing does.
+
+    Args:
+        settled: choices of an earlier start of the same run, which stay.
+    """
+    quiet = changed(recipe, settled or {})
+    options = _options(planner, quiet)
+    best: Choice | None = None
+    for values in product(*options.values()):
+        chosen = dict(zip(options, values, strict=True))
+        if not _is_sound(quiet, chosen):
+            continue
+        variant = changed(quiet, chosen)
+        found = Choice(variant, chosen, planner.predict(variant))
+        best = found if best is None or _rank(found) < _rank(best) else best
+    assert best is not None, "no combination of what auto may become is sound"
+    return Choice(best.recipe, {**(settled or {}), **best.chosen}, best.prediction)
+
+
+def _options(planner: Planner, recipe: Recipe) -> dict[str, tuple[Any, ...]]:
+    """What each `auto` may become, the usual first."""
+    cluster, train = recipe.cluster, recipe.train
+    options: dict[str, tuple[Any, ...]] = {}
+    may_offload = cluster.offload == "auto" and not planner.fleet.gpu.is_cpu and train.optimizer != "adamw_8bit"
+    if cluster.zero == "auto":
+        several = planner.workers(recipe) > 1
+        options["cluster.zero"] = (2, 3) if several else (0, 2) if may_offload else (0,)
+    if cluster.offload == "auto":
+        options["cluster.offload"] = ("none", "cpu") if may_offload else ("none",)
+    if train.gradient_checkpointing == "auto":
+        options["train.gradient_checkpointing"] = (False, True)
+    if train.per_device_train_batch_size == "auto":
+        options["train.per_device_train_batch_size"] = BATCHES
+    return options
+
+
+def _is_sound(recipe: Recipe, chosen: dict[str, Any]) -> bool:
+    """Whether the schema takes the combination: offloading needs a ZeRO stage."""
+    offload = chosen.get("cluster.offload", recipe.cluster.offload)
+    return not (offload == "cpu" and chosen.get("cluster.zero", recipe.cluster.zero) == 0)
+
+
+def _rank(choice: Choice) -> tuple[bool, float]:
+    """Lower is better: what fits by its time for a token, what does not by its memory."""
+    prediction = choice.prediction
+    if prediction.fits:
+        return False, prediction.time.seconds / prediction.work.tokens
+    return True, prediction.total
+
+
+def alternatives(planner: Planner, choice: Choice) -> list[Alternative]:
+    """Changes after which the recipe fits, the cheapest first. Each is as small as it may be."""
+    asked = _gpu_seconds(choice.prediction)
+    found: list[Alternative] = []
+    for attempts in _ladders(planner, choice.recipe):
+        for changes in attempts:
+            variant = changed(choice.recipe, changes)
+            prediction = planner.predict(variant)
+            if prediction.fits:
+                found.append(_alternative(changes, prediction, asked))
+                break
+    if not planner.fleet.gpu.is_cpu and (larger := _larger_fleet(planner, choice, asked)) is not None:
+        found.append(larger)
+    unique = {tuple(sorted(map(str, one.changes.items()))): one for one in found}
+    return sorted(unique.values(), key=lambda one: one.gpu_seconds)
+
+
+def _ladders(planner: Planner, recipe: Recipe) -> Iterator[list[dict[str, Any]]]:
+    """Kinds of change; of each the smallest that fits counts."""
+    cluster, train = recipe.cluster, recipe.train
+    several = planner.workers(recipe) > 1 and cluster.zero != 3
+    sharded = SHARDED if several else {}
+    checkpointing = CHECKPOINTING if not train.gradient_checkpointing else {}
+    rows = train.per_device_train_batch_size
+    if several:
+        yield [SHARDED]
+    if checkpointing:
+        yield [checkpointing, *([{**checkpointing, **sharded}] if several else [])]
+    if isinstance(rows, int) and rows > 1:
+        halves = [{"train.per_device_train_batch_size": rows >> power} for power in range(1, rows.bit_length())]
+        yield [*halves, {**halves[-1], **checkpointing, **sharded}]
+    if not planner.fleet.gpu.is_cpu and cluster.offload == "none" and train.optimizer == "adamw":
+        stage = {"cluster.zero": 3 if planner.workers(recipe) > 1 else 2}
+        yield [{**stage, "cluster.offload": "cpu"}, {**stage, "cluster.offload": "cpu", **checkpointing}]
+    if isinstance(recipe.adaptation, Full):
+        yield [LORA, {**LORA, **checkpointing}, {**LORA, **checkpointing, **sharded}]
+    if recipe.model.quantization is None:
+        change = QLORA if isinstance(recipe.adaptation, Full) else {"model.quantization": "nf4"}
+        yield [change, {**change, **checkpointing}, {**change, **checkpointing, **sharded}]
+
+
+def _larger_fleet(planner: Planner, choice: Choice, asked: float) -> Alternative | None:
+    """The smallest multiple of the fleet that the recipe fits under ZeRO-3, with gradient checkpointing if it must."""
+    for checkpointing in ({}, CHECKPOINTING):
+        if checkpointing and choice.recipe.train.gradient_checkpointing:
+            continue
+        variant = changed(choice.recipe, {**SHARDED, **checkpointing})
+        times = 2
+        while times <= MOST_TIMES_MORE:
+            gpus = planner.fleet.gpus * times
+            prediction = planner.predict(variant, gpus)
+            if prediction.fits:
+                return _alternative({"gpus": gpus, **SHARDED, **checkpointing}, prediction, asked)
+            times *= 2
+    return None
+
+
+def _alternative(changes: dict[str, Any], prediction: Prediction, asked: float) -> Alternative:
+    seconds = _gpu_seconds(prediction)
+    engine = prediction.engine
+    host = 0.0
+    if engine is not None and engine.offload == "cpu":
+        sharded_weights = prediction.parameters * engine.item if engine.stage == 3 else 0
+        host = (16 * prediction.trainable + sharded_weights) / prediction.workers / 2**30
+    return Alternative(changes, prediction, prediction.workers, seconds, seconds / asked, host)
+
+
+def _gpu_seconds(prediction: Prediction) -> float:
+    """Device seconds for a million tokens."""
+    return prediction.time.seconds / prediction.work.tokens * 1e6

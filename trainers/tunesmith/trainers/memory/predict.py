@@ -1,0 +1,288 @@
+"""From a recipe, a model's shape and a fleet to what a worker will hold, how long a step takes and whether it fits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tunesmith.cluster.fleet import GIB, Fleet
+from tunesmith.cluster.recipe.schema import Full, Peft, Recipe
+from tunesmith.trainers import head, zero
+from tunesmith.trainers.memory import blank
+from tunesmith.trainers.memory.geometry import Geometry
+from tunesmith.trainers.memory.overhead import overhead
+from tunesmith.trainers.memory.roofline import StepTime, Work, step_time
+from tunesmith.trainers.memory.shard import ADAPTER, GATHERED, Engine, shard
+from tunesmith.trainers.memory.simulate import (
+    GRADIENTS,
+    WEIGHTS,
+    Keeping,
+    ParameterKind,
+    Shape,
+    Simulation,
+    add_difference,
+    extrapolate,
+    simulate_hf,
+    simulate_policy,
+)
+from tunesmith.trainers.memory.tracker import ACTIVATIONS, Bytes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one worker of a fleet will hold at its worst moment, in bytes, and how long a step takes.
+
+    Attributes:
+        windows: for each part of a step, bytes by cause at its worst moment.
+        overhead: bytes beside PyTorch's allocations, by cause.
+        capacity: bytes that the device has.
+        workers: GPUs, or processes on CPUs.
+        parameters, trainable, added: numbers in the model, in training, and brought by an adapter.
+    """
+
+    windows: dict[str, Bytes]
+    overhead: Bytes
+    capacity: int
+    workers: int
+    parameters: int
+    trainable: int
+    added: int
+    work: Work
+    time: StepTime
+    engine: Engine | None
+    checkpoint_mixed: bool = True
+    whole_model: bool = True
+
+    @property
+    def worst(self) -> str:
+        """The part of a step in which most is held."""
+        return max(self.windows, key=lambda name: self.windows[name].total())
+
+    @property
+    def parts(self) -> Bytes:
+        """Bytes by cause at the worst moment."""
+        return Counter({cause: size for cause, size in self.windows[self.worst].items() if size > 0})
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of tensors at the worst moment."""
+        return self.parts.total()
+
+    @property
+    def total(self) -> int:
+        """Bytes that the device must have."""
+        return self.allocated + self.overhead.total()
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits the device."""
+        return self.total <= self.capacity
+
+
+@dataclass
+class Planner:
+    """Predicts variants of one recipe; what they have in common is simulated once.
+
+    Args:
+        model: the base's shape.
+        fleet: the workers are its GPUs; on CPUs the recipe's own number.
+        as_hf: whether the HF Trainer with PEFT does the work instead of our loop.
+        max_length: tokens of a row, when the data has said something else than the recipe.
+    """
+
+    model: Geometry
+    fleet: Fleet
+    as_hf: bool = False
+    max_length: int | None = None
+    _simulations: dict[tuple[Any, ...], Simulation] = field(default_factory=dict)
+
+    def predict(self, recipe: Recipe, workers: int | None = None) -> Prediction:
+        """What a worker will hold under this recipe, which says nothing by `auto` any more.
+
+        Args:
+            workers: instead of the fleet's.
+
+        Raises:
+            ModelError: no such model can be built, or the adaptation does not fit it.
+        """
+        on_gpu = not self.fleet.gpu.is_cpu
+        workers = workers or self.workers(recipe)
+        number_format = zero.precision(recipe, on_gpu)
+        engine = _engine(recipe, workers, number_format, on_gpu, self.as_hf)
+        rows = recipe.train.per_device_train_batch_size
+        assert isinstance(rows, int), "the batch size is chosen before it is predicted"
+        length = self.length(recipe)
+        plain = self.as_hf and workers == 1 and recipe.cluster.zero in ("auto", 0)
+        simulation = self._simulate(recipe, DTYPES[number_format], rows, length, None if plain else engine, on_gpu)
+        windows = _unsharded(simulation) if plain else shard(simulation, engine)
+        if self.as_hf and workers > 1 and engine.stage == 0:
+            for parts in windows.values():  # the buckets of DistributedDataParallel are as large as the gradients
+                parts[GRADIENTS] += simulation.trainable * engine.item
+        work = _work(recipe, simulation, self.model.config, engine, rows, length)
+        fleet = self.fleet if workers == self.fleet.gpus or not on_gpu else _with(self.fleet, workers)
+        worst = max(windows.values(), key=Counter.total)
+        return Prediction(
+            windows=windows,
+            overhead=overhead(on_gpu, workers, worst[ACTIVATIONS], worst[GATHERED]),
+            capacity=round(self.fleet.gpu.memory_gib * GIB),
+            workers=workers,
+            parameters=simulation.numbers(),
+            trainable=simulation.trainable,
+            added=simulation.numbers(lambda kind: kind.is_added),
+            work=work,
+            time=step_time(work, fleet),
+            engine=None if plain else engine,
+            checkpoint_mixed=number_format != "fp32",
+            whole_model=isinstance(recipe.adaptation, Full),
+        )
+
+    def workers(self, recipe: Recipe) -> int:
+        """Processes that train."""
+        return recipe.cluster.workers if self.fleet.gpu.is_cpu else self.fleet.gpus
+
+    def length(self, recipe: Recipe) -> int:
+        """Tokens of a full row."""
+        if self.max_length is not None:
+            return self.max_length
+        context = self.model.config.get("max_position_embeddings")
+        written = "max_length" in recipe.data.model_fields_set
+        return recipe.data.max_length if written or not context else min(recipe.data.max_length, int(context))
+
+    def _simulate(
+        self, recipe: Recipe, dtype: torch.dtype, rows: int, length: int, engine: Engine | None, on_gpu: bool
+    ) -> Simulation:
+        keeping, passes = (engine.keeping, engine.passes) if engine else (None, 2)
+        model, train = recipe.model, recipe.train
+        key = (
+            recipe.adaptation.model_dump_json(), recipe.objective.kind, model.quantization, model.attention,
+            train.gradient_checkpointing, dtype, rows, length, keeping, passes,
+        )  # fmt: skip
+        if key not in self._simulations:
+            if not isinstance(recipe.adaptation, Full):
+                import bitsandbytes.functional
+                import peft  # noqa: F401  # before fake tensors, which have stand-ins for parts of both
+            config = dict(self.model.config)
+            adapter = recipe.adaptation.config if isinstance(recipe.adaptation, Peft) else None
+            depth, depths = blank.layers_of(config), blank.sample_depths(config, adapter)
+
+            def at(layers: int, labels: int) -> Simulation:
+                shaped = blank.at_depth(config, layers)
+                if self.as_hf:
+                    return _of_hf(recipe, shaped, dtype, rows, length, keeping, engine)
+                return _of_ours(recipe, shaped, dtype, Shape((length,) * rows, labels), engine, on_gpu)
+
+            labels = Shape.full(rows, length).labels
+            self._simulations[key] = _any_size(at, depth, depths, labels, None if self.as_hf else _chunk(config, labels))
+        return self._simulations[key]
+
+
+def _any_size(
+    at: Callable[[int, int], Simulation], depth: int, depths: tuple[int, int] | None, labels: int, chunk: int | None
+) -> Simulation:
+    """The simulation of `depth` layers and so many labels, from ones of a few layers and two or three chunks of labels."""
+    few = labels if chunk is None or labels <= 4 * chunk else 2 * chunk
+    base = at(depths[0] if depths else depth, few)
+    whole = base if depths is None else extrapolate(base, at(depths[1], few), depths, depth)
+    if chunk is None or few == labels:
+        return whole
+    more = at(depths[0] if depths else depth, few + chunk)
+    return add_difference(whole, base, extrapolate(base, more, (few, few + chunk), labels))
+
+
+def _chunk(config: Mapping[str, Any], labels: int) -> int:
+    """Labels that the head scores at once."""
+    return head.chunk_size(labels, int(config["vocab_size"]))
+
+
+def _of_ours(
+    recipe: Recipe, config: dict[str, Any], dtype: torch.dtype, shape: Shape, engine: Engine | None, on_gpu: bool
+) -> Simulation:
+    from tunesmith.trainers.objectives import OBJECTIVES
+
+    assert engine is not None, "our loop always runs on DeepSpeed"
+    build = blank.our_policy(recipe, config, dtype, on_gpu)
+    return simulate_policy(build, OBJECTIVES[recipe.objective.kind], shape, engine.keeping, engine.passes)
+
+
+def _of_hf(
+    recipe: Recipe,
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    rows: int,
+    length: int,
+    keeping: Keeping | None,
+    engine: Engine | None,
+) -> Simulation:
+    build = blank.hf_model(recipe, config, dtype, adapter_fp32=engine is None)
+    return simulate_hf(build, rows, length, keeping)
+
+
+def _unsharded(simulation: Simulation) -> dict[str, Bytes]:
+    """The windows of a model that one device holds whole."""
+    added = simulation.bytes(lambda kind: kind.is_added)
+    weights = Counter({WEIGHTS: simulation.bytes() - added + round(simulation.fixed_bytes), ADAPTER: added})
+    return {name: parts + weights for name, parts in simulation.windows.items()}
+
+
+def _engine(recipe: Recipe, workers: int, number_format: zero.Precision, on_gpu: bool, as_hf: bool) -> Engine:
+    cluster = recipe.cluster.model_copy(update={"workers": workers})
+    stage = zero.stage(cluster) if as_hf else zero.engine_stage(cluster, number_format)
+    assert cluster.offload != "auto", "the place of the optimizer is chosen before it is predicted"
+    return Engine(
+        stage=stage,
+        workers=workers,
+        item=4 if number_format == "fp32" else 2,
+        optimizer=recipe.train.optimizer,
+        offload=cluster.offload if on_gpu else "none",
+        persistence_threshold=cluster.zero3_persistence_threshold,
+        overlaps=on_gpu,
+        accumulation=recipe.train.gradient_accumulation_steps,
+    )
+
+
+def _work(
+    recipe: Recipe, simulation: Simulation, config: Mapping[str, Any], engine: Engine, rows: int, length: int
+) -> Work:
+    """What a step has to compute and move, for the roofline."""
+    experts = next((config[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), 1)
+    share = (config.get("num_experts_per_tok") or 1) / experts if experts > 1 else 1.0
+
+    def active(kind: ParameterKind) -> float:
+        return 0.0 if kind.role == "embedding" else share if kind.role == "expert" else 1.0
+
+    counts = simulation.parameters.items()
+    heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 1)
+    passes = recipe.train.gradient_accumulation_steps
+    parameters = simulation.numbers()
+    return Work(
+        parameters=parameters,
+        active=sum(kind.numbers * count * active(kind) for kind, count in counts),
+        trainable=simulation.trainable,
+        active_trainable=sum(kind.numbers * count * active(kind) for kind, count in counts if kind.is_trainable),
+        layers=blank.layers_of(dict(config)),
+        attention_width=heads * int(config.get("head_dim") or hidden // heads),
+        context=length,
+        tokens=rows * length * passes,
+        passes=passes,
+        zero_stage=engine.stage,
+        gradient_checkpointing=bool(recipe.train.gradient_checkpointing),
+        weight_bytes=simulation.bytes() / max(1, parameters),
+        gradient_bytes=float(engine.item),
+        offload_optimizer=engine.offload,
+        offload_weights=engine.offload if engine.stage == 3 else "none",
+    )
+
+
+def _with(fleet: Fleet, workers: int) -> Fleet:
+    """The fleet with another number of GPUs, in nodes as they are."""
+    from dataclasses import replace
+
+    per_node = min(workers, fleet.gpus_per_node)
+    return replace(fleet, nodes=max(1, -(-workers // per_node)), gpus_per_node=per_node)
