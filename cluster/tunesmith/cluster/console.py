@@ -19,6 +19,11 @@ def stderr() -> Console:
     return Console(stderr=True, soft_wrap=True, highlight=False)
 
 
+def stdout() -> Console:
+    """A console on standard output, for what a command was asked for."""
+    return Console(soft_wrap=True, highlight=False)
+
+
 def say(console: Console, text: str, style: str = "") -> None:
     """Prints text as it is, markup and all."""
     console.print(Text(text, style=style))

@@ -66,6 +66,10 @@ class ChangedError(UsageError):
     """A run was asked to resume with another recipe or other data than it began with."""
 
 
+class PlanError(TunesmithError):
+    """A model cannot be simulated, although it may train."""
+
+
 class StorageError(TunesmithError):
     """Reading or writing storage failed."""
 

@@ -59,6 +59,46 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
 
 
 @app.command()
+def plan(
+    recipe: RecipePath,
+    fleet: Annotated[
+        str,
+        typer.Option("--fleet", help="Such as 8xH100-80GB, 2x8xA100-80GB, a name of a fleets file, or `this machine`."),
+    ] = "this machine",
+    fleets: Annotated[
+        Path | None, typer.Option("--fleets", metavar="FILE", help="GPUs and fleets of your own.")
+    ] = None,
+    work_as: Annotated[
+        str, typer.Option("--as", metavar="tunesmith|hf", help="Whose training: ours, or the HF Trainer's with PEFT.")
+    ] = "tunesmith",
+    explain: Annotated[bool, typer.Option("--explain", help="Show the arithmetic in words.")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Simulate a recipe on a fleet: does it fit, what does it cost, what to change. Needs no GPU and no weights."""
+    from tunesmith.cluster.console import print_json, stdout
+    from tunesmith.cluster.errors import UsageError
+    from tunesmith.cluster.fleet import parse_fleet
+    from tunesmith.cluster.fleet_file import load_fleets
+    from tunesmith.cluster.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if work_as not in ("tunesmith", "hf"):
+        raise UsageError(f"--as {work_as}: there are tunesmith and hf")
+    where = parse_fleet(fleet, load_fleets(fleets), loaded.cluster.workers)
+    from tunesmith.trainers.memory.geometry import geometry
+    from tunesmith.trainers.memory.plan import make_plan
+
+    made = make_plan(loaded, geometry(loaded.model.base, loaded.output.dir), where, as_hf=work_as == "hf")
+    if as_json:
+        print_json(made.as_json())
+        return
+    from tunesmith.trainers.memory.show import show
+
+    show(made, stdout(), explain)
+
+
+@app.command()
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -26,6 +26,8 @@ class Node:
     """Host memory that may be reserved, in GiB."""
     name: str = "this machine"
     """How a message names it."""
+    gpu_kind: str = ""
+    """What its GPUs are called, if that is known."""
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,7 @@ class RaySession:
                 gpus=node["Resources"].get("GPU", 0),
                 memory_gib=node["Resources"].get("memory", 0) / GIB,
                 name="this machine" if self.local and len(alive) == 1 else f"node {node['NodeManagerAddress']}",
+                gpu_kind="" if self.local else _gpu_kind(node["Resources"]),
             )
             for node in alive
         ]
@@ -220,6 +221,12 @@ class RaySession:
             if value is None:
                 os.environ.pop(name, None)
         self._saved_environment.clear()
+
+
+def _gpu_kind(resources: dict[str, float]) -> str:
+    """What Ray calls a node's accelerators: it announces a resource of that name."""
+    prefix = "accelerator_type:"
+    return next((name.removeprefix(prefix) for name in resources if name.startswith(prefix)), "unnamed")
 
 
 @contextlib.contextmanager

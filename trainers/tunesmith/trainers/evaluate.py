@@ -35,7 +35,7 @@ class HeldOut:
         """The recipe's validation rows; None when there are none."""
         if len(data.validation) == 0:
             return None
-        capacity = data.report.max_length * recipe.train.per_device_train_batch_size
+        capacity = data.report.max_length * recipe.train.rows
         return HeldOut(data.validation, capacity, recipe.eval.max_rows)
 
     def loss(self, engine: Any, device: torch.device) -> float:

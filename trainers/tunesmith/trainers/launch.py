@@ -28,9 +28,10 @@ from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.session import RaySession
 from tunesmith.cluster.storage import write_atomic
 from tunesmith.trainers import zero
+from tunesmith.trainers.admission import admit
 from tunesmith.trainers.attempts import GiveUp, LostAttempt, decide
 from tunesmith.trainers.data.build import look_at
-from tunesmith.trainers.data.prepare import Prepared, prepare
+from tunesmith.trainers.data.prepare import Prepared, effective_max_length, prepare
 from tunesmith.trainers.idle_keys import refuse_idle_keys
 from tunesmith.trainers.logs import require_installed
 from tunesmith.trainers.models import BaseRef, check_adaptation, resolve_base
@@ -60,6 +61,10 @@ class Inputs:
     prepared: Prepared
     need: Need
     identity: Identity
+    recipe: Recipe
+    """Without any `auto`."""
+    plan: dict[str, Any] | None
+    """What the planner says, if it could."""
     local: bool
     """Whether Ray is one of our own on this machine."""
 
@@ -95,7 +100,7 @@ def run(recipe: Recipe, allow_change: bool = False, on_event: Listener = ignore)
             stack.callback(
                 draw, folder, on_event
             )  # however it ends; between attempts it would only keep the workers waiting
-            return _attempts(recipe, inputs, session, signals, allow_change, on_event)
+            return _attempts(inputs, session, signals, allow_change, on_event)
         except UsageError:
             folder.discard_if_unused()
             raise
@@ -120,6 +125,7 @@ def plan(recipe: Recipe, on_event: Listener = ignore) -> dict[str, Any]:
         "cpus_per_worker": need.cpus,
         "gpus_per_worker": need.gpus,
         "goes_on_from_step": folder.newest_step(),
+        "plan": inputs.plan,
         "data": inputs.prepared.report.model_dump(mode="json"),
     }
 
@@ -144,12 +150,15 @@ def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore, star
         look_at(source)
     if start_ray:
         session.start()
+    length = effective_max_length(recipe, base)[0]
+    recipe, plan = admit(recipe, base, nodes, need, length, folder.identity, on_event)
+    refuse_idle_keys(recipe, base)
     cache = folder.root.parent / ".cache" / "data"  # shared by all runs of an output folder
     prepared = prepare(recipe, base, cache)
     refuse_idle_keys(recipe, base, prepared.report)
     on_event(Note("\n".join(prepared.report.lines())))
     identity = Identity(recipe=resolved(recipe), data=prepared.files, base=base.digest)
-    return Inputs(folder, base, cache, prepared, need, identity, session.local)
+    return Inputs(folder, base, cache, prepared, need, identity, recipe, plan, session.local)
 
 
 def run_folder(recipe: Recipe) -> RunFolder:
@@ -210,14 +219,14 @@ def _record(inputs: Inputs) -> None:
 
 
 def _attempts(
-    recipe: Recipe,
     inputs: Inputs,
     session: RaySession,
     signals: StopSignals,
     allow_change: bool,
     on_event: Listener,
 ) -> Result:
-    folder, lost, max_failures = inputs.folder, [], recipe.train.max_failures  # read now: workers refuse unread keys
+    recipe, folder, lost = inputs.recipe, inputs.folder, []
+    max_failures = recipe.train.max_failures  # read now: workers refuse unread keys
     require_resources(inputs.need, session.nodes())
     from tunesmith.trainers.fit import fit  # only now: Ray's modules import each other, which two threads cannot do
 

@@ -127,7 +127,7 @@ class Trainer:
         """Data, plan, model, engine and checkpoints; then every key the user wrote has been read, or the run stops."""
         recipe, train = self.recipe, self.recipe.train
         self.data: Prepared = open_prepared(self.job.cache, self.job.data)
-        self.rows = train.per_device_train_batch_size
+        self.rows = train.rows
         self.accumulation = train.gradient_accumulation_steps
         self.plan = BatchPlan.of(recipe, self.data, self.world)
         self.total_steps = self.plan.total_steps(train.epochs, train.max_steps)

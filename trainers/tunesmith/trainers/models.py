@@ -65,7 +65,7 @@ def _check_peft(recipe: Recipe, spec: Peft, base: BaseRef) -> None:
     from tunesmith.trainers.adaptations import peft_types
 
     peft_types.refuse(spec, zero.stage(recipe.cluster), recipe.model.quantization)
-    with _quiet():
+    with quiet_libraries():
         import torch
 
         from tunesmith.trainers.adaptations import peft
@@ -76,7 +76,7 @@ def _check_peft(recipe: Recipe, spec: Peft, base: BaseRef) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Within it libraries warn of nothing: the workers will hear it again, and their output goes to the run's log."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

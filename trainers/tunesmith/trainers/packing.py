@@ -156,7 +156,7 @@ class BatchPlan:
             length_B=data.train.lengths,
             mixture=mixture,
             capacity=data.report.max_length if recipe.data.packing else None,
-            rows_per_step=world * recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps,
+            rows_per_step=world * recipe.train.rows * recipe.train.gradient_accumulation_steps,
             seed=recipe.train.seed,
         )
 

@@ -51,6 +51,11 @@ SUBGROUP_ELEMENTS = 1_000_000_000
 """Weights of a shard that ZeRO-3 updates at once."""
 
 
+def gradient_item(stage: int, item: int, accumulation: int) -> int:
+    """Bytes of a gradient as its shard is held: fp32 where several are summed."""
+    return item if stage == 3 and accumulation == 1 else 4
+
+
 def bucket_elements(trainable: int) -> int:
     """Elements of DeepSpeed's buffers for reducing gradients: never more than there are gradients."""
     return max(1, min(MOST_BUCKET_ELEMENTS, trainable))
@@ -65,7 +70,8 @@ def with_buckets(config: dict[str, Any], trainable: int) -> dict[str, Any]:
 def deepspeed_config(recipe: Recipe, on_gpu: bool) -> dict[str, Any]:
     """The dict that `deepspeed.initialize` takes.
 
-    The optimizer and the learning rate are not in it: the loop owns both. Gradients of bf16 runs accumulate in fp32.
+    The optimizer and the learning rate are not in it: the loop owns both. Gradients of bf16 runs are summed in fp32; under
+    ZeRO-3 a single micro-batch leaves nothing to sum, and its gradients stay in 16 bits, as they were sent.
     """
     number_format = precision(recipe, on_gpu)
     config: dict[str, Any] = {
@@ -79,7 +85,8 @@ def deepspeed_config(recipe: Recipe, on_gpu: bool) -> dict[str, Any]:
     }
     if number_format == "bf16":
         config["bf16"] = {"enabled": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if gradient_item(config["zero_optimization"]["stage"], 2, recipe.train.gradient_accumulation_steps) == 4:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
     elif number_format == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
     return config

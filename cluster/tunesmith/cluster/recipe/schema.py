@@ -230,6 +230,12 @@ class Train(Section):
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts after lost workers that bring no new checkpoint before the run gives up."""
 
+    @property
+    def rows(self) -> int:
+        """Rows a worker takes in one forward, once `auto` is settled."""
+        assert isinstance(self.per_device_train_batch_size, int), "train.per_device_train_batch_size is still auto"
+        return self.per_device_train_batch_size
+
     @model_validator(mode="after")
     def _one_length_and_one_warmup(self) -> Train:
         for first, second in (("epochs", "max_steps"), ("warmup_ratio", "warmup_steps")):

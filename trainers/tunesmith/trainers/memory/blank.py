@@ -15,7 +15,14 @@ from tunesmith.cluster.recipe.schema import Recipe
 HF_ATTENTION = "tunesmith_planned"
 _UNEVEN_KEYS = ("mlp_only_layers", "first_k_dense_replace", "moe_layers", "no_rope_layers")
 _ALIKE = {"full_attention", "sliding_attention", "chunked_attention"}
-_BY_LAYER = ("layers_to_transform", "layers_pattern", "layer_replication", "rank_pattern", "alpha_pattern", "adapter_layers")
+_BY_LAYER = (
+    "layers_to_transform",
+    "layers_pattern",
+    "layer_replication",
+    "rank_pattern",
+    "alpha_pattern",
+    "adapter_layers",
+)
 
 
 def layers_of(config: dict[str, Any]) -> int:

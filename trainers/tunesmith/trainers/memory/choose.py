@@ -9,6 +9,7 @@ from typing import Any
 
 from tunesmith.cluster.recipe.schema import Full, Recipe
 from tunesmith.trainers.memory.predict import Planner, Prediction
+from tunesmith.trainers.memory.tracker import ACTIVATIONS
 
 BATCHES = (1, 2, 4, 8, 16)
 MOST_TIMES_MORE = 64
@@ -126,9 +127,20 @@ def alternatives(planner: Planner, choice: Choice) -> list[Alternative]:
     """Changes after which the recipe fits, the cheapest first. Each is as small as it may be."""
     asked = _gpu_seconds(choice.prediction)
     found: list[Alternative] = []
+
+    def hopeless(variant: Recipe) -> bool:
+        """Whether its activations alone, which only checkpointing or fewer rows reduce, are more than there is."""
+        return (
+            not variant.train.gradient_checkpointing
+            and variant.train.per_device_train_batch_size == choice.recipe.train.per_device_train_batch_size
+            and choice.prediction.parts[ACTIVATIONS] > 1.2 * choice.prediction.capacity
+        )
+
     for attempts in _ladders(planner, choice.recipe):
         for changes in attempts:
             variant = changed(choice.recipe, changes)
+            if hopeless(variant):
+                continue
             prediction = planner.predict(variant)
             if prediction.fits:
                 found.append(_alternative(changes, prediction, asked))

@@ -60,7 +60,9 @@ def of_folder(folder: Path, reference: str) -> Geometry:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"model.base: {reference} has no config.json", "Is this a Hugging Face model folder?") from None
+        raise ModelError(
+            f"model.base: {reference} has no config.json", "Is this a Hugging Face model folder?"
+        ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"model.base: {path} cannot be read: {error}") from error
     if not isinstance(config, dict) or "model_type" not in config:

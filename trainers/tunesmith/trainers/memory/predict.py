@@ -24,7 +24,8 @@ from tunesmith.trainers.memory.simulate import (
     ParameterKind,
     Shape,
     Simulation,
-    add_difference,
+    add,
+    difference,
     extrapolate,
     simulate_hf,
     simulate_policy,
@@ -101,6 +102,7 @@ class Planner:
     as_hf: bool = False
     max_length: int | None = None
     _simulations: dict[tuple[Any, ...], Simulation] = field(default_factory=dict)
+    _label_differences: dict[tuple[Any, ...], Simulation] = field(default_factory=dict)
 
     def predict(self, recipe: Recipe, workers: int | None = None) -> Prediction:
         """What a worker will hold under this recipe, which says nothing by `auto` any more.
@@ -115,8 +117,7 @@ class Planner:
         workers = workers or self.workers(recipe)
         number_format = zero.precision(recipe, on_gpu)
         engine = _engine(recipe, workers, number_format, on_gpu, self.as_hf)
-        rows = recipe.train.per_device_train_batch_size
-        assert isinstance(rows, int), "the batch size is chosen before it is predicted"
+        rows = recipe.train.rows
         length = self.length(recipe)
         plain = self.as_hf and workers == 1 and recipe.cluster.zero in ("auto", 0)
         simulation = self._simulate(recipe, DTYPES[number_format], rows, length, None if plain else engine, on_gpu)
@@ -165,7 +166,6 @@ class Planner:
         )  # fmt: skip
         if key not in self._simulations:
             if not isinstance(recipe.adaptation, Full):
-                import bitsandbytes.functional
                 import peft  # noqa: F401  # before fake tensors, which have stand-ins for parts of both
             config = dict(self.model.config)
             adapter = recipe.adaptation.config if isinstance(recipe.adaptation, Peft) else None
@@ -177,22 +177,34 @@ class Planner:
                     return _of_hf(recipe, shaped, dtype, rows, length, keeping, engine)
                 return _of_ours(recipe, shaped, dtype, Shape((length,) * rows, labels), engine, on_gpu)
 
-            labels = Shape.full(rows, length).labels
-            self._simulations[key] = _any_size(at, depth, depths, labels, None if self.as_hf else _chunk(config, labels))
+            of_labels = (type(recipe.adaptation), *key[1:4], *key[5:])
+            self._simulations[key] = self._any_size(at, depth, depths, Shape.full(rows, length).labels, of_labels)
         return self._simulations[key]
 
+    def _any_size(
+        self,
+        at: Callable[[int, int], Simulation],
+        depth: int,
+        depths: tuple[int, int] | None,
+        labels: int,
+        of_labels: tuple[Any, ...],
+    ) -> Simulation:
+        """The simulation of `depth` layers and so many labels, from ones of a few layers and two or three chunks of labels.
 
-def _any_size(
-    at: Callable[[int, int], Simulation], depth: int, depths: tuple[int, int] | None, labels: int, chunk: int | None
-) -> Simulation:
-    """The simulation of `depth` layers and so many labels, from ones of a few layers and two or three chunks of labels."""
-    few = labels if chunk is None or labels <= 4 * chunk else 2 * chunk
-    base = at(depths[0] if depths else depth, few)
-    whole = base if depths is None else extrapolate(base, at(depths[1], few), depths, depth)
-    if chunk is None or few == labels:
-        return whole
-    more = at(depths[0] if depths else depth, few + chunk)
-    return add_difference(whole, base, extrapolate(base, more, (few, few + chunk), labels))
+        Args:
+            of_labels: what the memory of further labels depends on; it is simulated once for each.
+        """
+        first = depths[0] if depths else depth
+        chunk = labels if self.as_hf else _chunk(self.model.config, labels)
+        few = labels if labels <= 4 * chunk else 2 * chunk
+        base = at(first, few)
+        whole = base if depths is None else extrapolate(base, at(depths[1], few), depths, depth)
+        if few == labels:
+            return whole
+        if of_labels not in self._label_differences:
+            more = extrapolate(base, at(first, few + chunk), (few, few + chunk), labels)
+            self._label_differences[of_labels] = difference(base, more)
+        return add(whole, self._label_differences[of_labels])
 
 
 def _chunk(config: Mapping[str, Any], labels: int) -> int:
@@ -207,7 +219,8 @@ def _of_ours(
 
     assert engine is not None, "our loop always runs on DeepSpeed"
     build = blank.our_policy(recipe, config, dtype, on_gpu)
-    return simulate_policy(build, OBJECTIVES[recipe.objective.kind], shape, engine.keeping, engine.passes)
+    loss = OBJECTIVES[recipe.objective.kind]
+    return simulate_policy(build, loss, shape, engine.keeping, engine.passes, int(config["vocab_size"]))
 
 
 def _of_hf(
@@ -220,7 +233,7 @@ def _of_hf(
     engine: Engine | None,
 ) -> Simulation:
     build = blank.hf_model(recipe, config, dtype, adapter_fp32=engine is None)
-    return simulate_hf(build, rows, length, keeping)
+    return simulate_hf(build, rows, length, keeping, int(config["vocab_size"]))
 
 
 def _unsharded(simulation: Simulation) -> dict[str, Bytes]:
@@ -250,7 +263,9 @@ def _work(
     recipe: Recipe, simulation: Simulation, config: Mapping[str, Any], engine: Engine, rows: int, length: int
 ) -> Work:
     """What a step has to compute and move, for the roofline."""
-    experts = next((config[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), 1)
+    experts = next(
+        (config[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), 1
+    )
     share = (config.get("num_experts_per_tok") or 1) / experts if experts > 1 else 1.0
 
     def active(kind: ParameterKind) -> float:

@@ -91,7 +91,8 @@ def _held(simulation: Simulation, engine: Engine) -> Bytes:
     elif engine.stage == 3:
         state[BUCKETS] = zero.bucket_elements(trainable) * engine.item
         if engine.offload == "none":
-            state[GRADIENTS] = _fp32_shard(simulation, engine)
+            item = zero.gradient_item(3, engine.item, engine.accumulation)
+            state[GRADIENTS] = round(item * trainable / engine.workers)
     return _weights(simulation, engine) + state
 
 

@@ -24,7 +24,7 @@ from tunesmith.trainers.moe import moe_blocks
 Keeping = Literal["kept", "freed"]
 """What the engine does with a gradient that backward has made: keeps it, or moves it to a buffer at once."""
 
-WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer state"
+WEIGHTS, GRADIENTS, OPTIMIZER, LOGITS = "weights", "gradients", "optimizer state", "logits"
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,14 @@ def extrapolate(near: Simulation, far: Simulation, at: tuple[int, int], to: int)
     return _combine(near, far, lambda low, high: low + (high - low) * factor)
 
 
-def add_difference(simulation: Simulation, base: Simulation, other: Simulation) -> Simulation:
-    """The simulation, changed as `other` differs from `base`."""
-    more = _combine(base, other, lambda low, high: high - low)
-    return _combine(simulation, more, lambda one, difference: one + difference)
+def difference(one: Simulation, other: Simulation) -> Simulation:
+    """What the second has more than the first."""
+    return _combine(one, other, lambda low, high: high - low)
+
+
+def add(simulation: Simulation, more: Simulation) -> Simulation:
+    """A simulation and a difference."""
+    return _combine(simulation, more, lambda one, other: one + other)
 
 
 def _combine(one: Simulation, other: Simulation, how: Callable[[float, float], float]) -> Simulation:
@@ -138,6 +142,7 @@ def simulate_policy(
     shape: Shape,
     keeping: Keeping,
     passes: int = 2,
+    vocabulary: int = 0,
 ) -> Simulation:
     """Micro-batches of our own loop: the label-only head, packed rows, gradients as the engine keeps them.
 
@@ -145,10 +150,11 @@ def simulate_policy(
         build: makes the policy; called with fake tensors switched on.
         loss: the objective.
         passes: micro-batches before the gradients are used up; a second one finds those of the first.
+        vocabulary: width of the logits, to tell them from other activations.
     """
     from tunesmith.trainers.policy import score
 
-    with _tracked() as tracker:
+    with _tracked(vocabulary) as tracker:
         with tracker.causing(WEIGHTS):
             policy = build()
         policy.train()
@@ -167,13 +173,15 @@ def simulate_policy(
         return _result(policy, tracker)
 
 
-def simulate_hf(build: Callable[[], nn.Module], rows: int, length: int, keeping: Keeping | None) -> Simulation:
+def simulate_hf(
+    build: Callable[[], nn.Module], rows: int, length: int, keeping: Keeping | None, vocabulary: int = 0
+) -> Simulation:
     """Two steps of the HF Trainer: padded rows, whole logits, and AdamW over every parameter at once.
 
     Args:
         keeping: what DeepSpeed does with gradients; None without it: then the optimizer's own step is simulated too.
     """
-    with _tracked() as tracker:
+    with _tracked(vocabulary) as tracker:
         with tracker.causing(WEIGHTS):
             model: Any = build()
         model.train()
@@ -197,8 +205,11 @@ def simulate_hf(build: Callable[[], nn.Module], rows: int, length: int, keeping:
 
 
 @contextmanager
-def _tracked() -> Iterator[MemoryTracker]:
-    tracker = MemoryTracker()
+def _tracked(vocabulary: int) -> Iterator[MemoryTracker]:
+    def recognise(tensor: Tensor) -> str | None:
+        return LOGITS if tensor.ndim > 1 and tensor.shape[-1] == vocabulary else None
+
+    tracker = MemoryTracker(recognise)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         stack.enter_context(pretending())

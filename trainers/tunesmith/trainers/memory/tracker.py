@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 ACTIVATIONS = "activations"
 
+_ASK_FOR_DEVICE = torch.ops.prim.device.default
+
 Bytes = Counter[str]
 """Cause -> bytes."""
 
@@ -27,14 +29,18 @@ Bytes = Counter[str]
 class MemoryTracker(TorchDispatchMode):
     """Within it, storages are counted from the operation that returns them until nothing refers to them.
 
+    Args:
+        recognise: the cause of a new tensor by its looks, or None.
+
     Attributes:
         live: bytes alive now, by cause.
         window: the current window of time.
         peaks: for each window of time the bytes by cause at the moment when most were alive in it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recognise: Callable[[Tensor], str | None] = lambda _tensor: None) -> None:
         super().__init__()
+        self._recognise = recognise
         self.live: Bytes = Counter()
         self.peaks: dict[str, Bytes] = {}
         self.window = "start"
@@ -81,10 +87,12 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
+        if function is _ASK_FOR_DEVICE:  # fake tensors ask many times an operation
+            return arguments[0].fake_device
         result = function(*arguments, **(options or {}))
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._count(leaf, self._cause)
+                self._count(leaf, self._cause if self._cause != ACTIVATIONS else self._recognise(leaf) or ACTIVATIONS)
         if self._total > self._highest.get(self.window, -1):
             self._note_peak()
         return result
@@ -100,7 +108,7 @@ class MemoryTracker(TorchDispatchMode):
         known = self._known.get(key)
         size = storage.nbytes()
         if known is not None:
-            if known[1] == cause and known[2] == size or not is_claim and known[2] == size:
+            if (known[1] == cause and known[2] == size) or (not is_claim and known[2] == size):
                 return
             self._forget(key, known[0])
             cause = cause if is_claim else known[1]
@@ -125,4 +133,3 @@ class MemoryTracker(TorchDispatchMode):
         if self._total > self._highest.get(self.window, -1):
             self._highest[self.window] = self._total
             self.peaks[self.window] = Counter({cause: size for cause, size in self.live.items() if size})
-
