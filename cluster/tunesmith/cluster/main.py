@@ -83,7 +83,8 @@ def advise(
     from tunesmith.cluster.console import print_json, stderr
     from tunesmith.trainers.advise import command, talk
 
-    report = command.run(command.Request(what, model, goal, fleet, fleets, tasks, out))
+    with stderr().status("reading the data and asking the base …"):
+        report = command.run(command.Request(what, model, goal, fleet, fleets, tasks, out))
     if as_json:
         print_json(report.as_json())
         return

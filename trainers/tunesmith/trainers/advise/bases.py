@@ -20,7 +20,7 @@ class Base:
     """A base model as far as it is at hand."""
 
     reference: str
-    """As the recipe names it."""
+    """As the recipe names it; the hub's name when the recipe has that without its owner."""
     config: Mapping[str, Any]
     """Its config.json, or what the catalog says of it."""
     known_from: str
@@ -50,7 +50,9 @@ def find_base(model: Model, output_dir: str | Path) -> Base:
         raise ModelError(f"model.base: {reference} has no config.json", "Is this a Hugging Face model folder?")
     entry = catalog.find(reference)
     if entry is not None:
-        return Base(reference, entry.config, f"the shape of {entry.name}; its weights are not here", None, None)
+        is_it = entry.name.rpartition("/")[2].lower() == reference.lower()
+        name = entry.name if is_it else reference
+        return Base(name, entry.config, f"the shape of {entry.name}; its weights are not here", None, None)
     near = " or ".join(catalog.nearest(reference))
     raise ModelError(
         f"model.base: {reference!r} is no folder, not in this machine's cache of the hub, and no name in the catalog",

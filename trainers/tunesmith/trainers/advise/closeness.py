@@ -92,6 +92,8 @@ def _affordable(parameters: int) -> int:
 
 
 def _policy(base: BaseRef, device: torch.device, dtype: torch.dtype) -> Policy:
+    from transformers.utils import logging
+
     plain = Recipe.model_validate(
         {
             "name": "advise",
@@ -101,6 +103,7 @@ def _policy(base: BaseRef, device: torch.device, dtype: torch.dtype) -> Policy:
             "adaptation": "full",
         }
     )
+    logging.disable_progress_bar()
     model = models.build(plain, base, device=device, dtype=dtype, zero3=False)
     policy = Policy(model, attention.choose("auto", device, dtype), router_aux_loss_coef=0.0)
     return policy.eval()

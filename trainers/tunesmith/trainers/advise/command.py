@@ -106,6 +106,7 @@ def run(request: Request) -> Report:
         on_gpu=not fleet.gpu.is_cpu,
     )
     advice = recommend(facts)
+    tree["model"]["base"] = base.reference
     recipe = advised(tree, draft, advice, fleet.gpus)
     _write(path, recipe, advice)
     return Report(base, fleet, counts, facts, loss, advice, request.goal is not None, recipe, path)

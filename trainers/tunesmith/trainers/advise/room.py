@@ -57,9 +57,18 @@ def layouts(size: Size, rank: int, gpus: int, on_gpu: bool) -> list[Layout]:
     beside = weight * adapter + state * adapter / gpus
     quantised = NF4_BYTES * size.linear + weight * (whole - size.linear)
     plain = 0 if gpus == 1 else 2
-    found = [("full", plain, weight * whole + state * whole / gpus)]
-    found += [("full", 3, STATE_BYTES * whole / gpus)] if gpus > 1 else []
-    found += [("lora", plain, weight * whole + beside)]
-    found += [("lora", 3, (weight * whole + STATE_BYTES * adapter) / gpus)] if gpus > 1 else []
-    found += [("qlora", plain, quantised + beside)]  # every rank loads the quantised base whole, whatever the stage
-    return [Layout(way, zero, size_bytes / GIB) for way, zero, size_bytes in found]
+    options: list[tuple[Way, int, float]] = [
+        ("full", plain, weight * whole + state * whole / gpus),
+        ("full", 3, STATE_BYTES * whole / gpus),
+        ("lora", plain, weight * whole + beside),
+        ("lora", 3, (weight * whole + STATE_BYTES * adapter) / gpus),
+        ("qlora", plain, quantised + beside),  # every rank loads the quantised base whole, whatever the stage
+    ]
+    return [Layout(way, zero, size_bytes / GIB) for way, zero, size_bytes in options if zero != 3 or gpus > 1]
+
+
+def gib(amount: float) -> str:
+    """An amount of memory for people."""
+    if amount < 0.1:
+        return f"{amount * 1024:,.3g} MiB"
+    return f"{amount:,.0f} GiB" if amount >= 100 else f"{amount:.3g} GiB"

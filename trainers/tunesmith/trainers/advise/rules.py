@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from tunesmith.cluster.errors import ResourceError
-from tunesmith.trainers.advise.room import USABLE, Layout, Size, Way, layouts
+from tunesmith.trainers.advise.room import USABLE, Layout, Size, Way, gib, layouts
 
 Goal = Literal["knowledge", "ability", "format", "safety"]
 Closeness = Literal["similar", "between", "different", "unknown"]
@@ -183,6 +183,16 @@ RULES = (
         ),
     ),
     Rule(
+        "large",
+        lambda f: f.is_large,
+        "lora",
+        lambda f: RANKS[-1],
+        lambda f: (
+            f"{_outgrown(f)}, but nothing says that the base knows little of them ({_closeness(f)}): begin with that "
+            "rank, and train every weight if the held-out loss is still falling at the end."
+        ),
+    ),
+    Rule(
         "most tasks",
         lambda f: True,
         "lora",
@@ -231,30 +241,28 @@ def fits(layout: Layout, gpu_gib: float) -> bool:
 
 def _first_that_fits(wish: Way, considered: list[Layout], facts: Facts, reasons: list[str]) -> Layout:
     """The wished adaptation, or the next smaller one; adds to `reasons` why not the wish."""
-    smaller: tuple[Way, ...] = ("full", "lora", "qlora")
-    room = f"{USABLE * facts.gpu_gib:.3g} of the {facts.gpu_gib:.3g} GiB of {facts.gpu}"
-    for way in smaller[smaller.index(wish) :]:
+    room = f"{USABLE * facts.gpu_gib:.3g} of the {gib(facts.gpu_gib)} of {facts.gpu}"
+    least = min(layout.gib for layout in considered)
+    for way in WAYS[WAYS.index(wish) :]:
         mine = [layout for layout in considered if layout.way == way]
-        for layout in mine:
-            if fits(layout, facts.gpu_gib):
-                if layout.zero == 3:
-                    reasons.append(
-                        f"The weights are shared out over {facts.gpus} GPUs (ZeRO-3): whole they would not fit."
-                    )
-                return layout
-        least = min(mine, key=lambda layout: layout.gib)
+        fitting = next((layout for layout in mine if fits(layout, facts.gpu_gib)), None)
+        if fitting is not None:
+            if fitting.zero == 3:
+                reasons.append(f"The weights are shared out over {facts.gpus} GPUs (ZeRO-3): whole they would not fit.")
+            return fitting
         share = f", shared by {facts.gpus}," if facts.gpus > 1 and way != "qlora" else ""
-        reasons.append(
-            f"{NAMES[way]} does not fit: it takes {least.gib:.3g} GiB a GPU{share} and may take {room}.{INSTEAD[way]}"
-        )
+        takes = gib(min(layout.gib for layout in mine))
+        reasons.append(f"{NAMES[way]} does not fit: it takes {takes} a GPU{share} and may take {room}.{INSTEAD[way]}")
     raise ResourceError(
         f"no adaptation of {facts.size.parameters / 1e9:,.3g} billion parameters fits:\n"
-        + "\n".join(f"  {r}" for r in reasons[1:]),
-        f"Name a smaller base, or a fleet of GPUs with at least {least.gib / USABLE:.3g} GiB"  # pyright: ignore[reportPossiblyUnboundVariable]
-        " (or more of them: LoRA in 16 bits is shared out by ZeRO-3).",
+        + "\n".join(f"  {reason}" for reason in reasons[1:]),
+        f"Name a smaller base, or a fleet of GPUs with at least {gib(least / USABLE)} (or more of them: LoRA in 16 bits is "
+        "shared out by ZeRO-3).",
     )
 
 
+WAYS: tuple[Way, ...] = ("full", "lora", "qlora")
+"""From the most memory to the least."""
 NAMES: dict[Way, str] = {"full": "Full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
 INSTEAD: dict[Way, str] = {
     "full": " LoRA of a high rank comes nearest to it.",

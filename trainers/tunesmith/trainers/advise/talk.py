@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.trainers.advise.command import Report
-from tunesmith.trainers.advise.room import USABLE
+from tunesmith.trainers.advise.room import USABLE, gib
 from tunesmith.trainers.advise.rules import DIFFERENT, SIMILAR, fits
 
 _COLOURS = {"similar": "green", "between": "yellow", "different": "red", "unknown": "dim"}
@@ -31,7 +31,9 @@ def show(report: Report, console: Console) -> None:
         Text(facts.goal if report.goal_given else f"{facts.goal} (guessed from the data; --goal says otherwise)"),
     )
     shape = "" if fleet.gpus == 1 else f"{fleet.gpus} × "
-    table.add_row("Fleet", Text(f"{fleet.name}: {shape}{fleet.gpu.name}, {fleet.gpu.memory_gib:.3g} GiB each"))
+    table.add_row(
+        "Fleet", Text(f"{fleet.name}: {shape}{fleet.gpu.name}, {gib(fleet.gpu.memory_gib)}{' each' if shape else ''}")
+    )
     table.add_row("Memory", _memory(report))
     rank = "" if advice.rank is None else f" of rank {advice.rank}"
     epochs = "1 epoch" if advice.epochs == 1 else f"{advice.epochs} epochs"
@@ -41,7 +43,8 @@ def show(report: Report, console: Console) -> None:
     if advice.cautions:
         table.add_row("But", _sentences(advice.cautions))
     console.print(table, soft_wrap=False)
-    console.print(Text(f"\n{report.path} is written. Next: tunesmith train {report.path} --dry-run"))
+    next_command = (f"tunesmith train {report.path} --dry-run", "cyan")
+    console.print(Text.assemble("\nThe recipe is written. Next: ", next_command))
 
 
 def _loss(report: Report) -> Text:
@@ -68,8 +71,10 @@ def _memory(report: Report) -> Group:
         rank = "" if layout.way == "full" or report.advice.rank is None else f" {report.advice.rank}"
         stage = ", ZeRO-3" if layout.zero == 3 else ""
         verdict = Text("fits", "green") if fits(layout, room) else Text("does not fit", "red")
-        rows.add_row(f"{_WAYS[layout.way]}{rank}{stage}", f"{layout.gib:,.3g} GiB", verdict)
-    note = f"weights, gradients and optimizer on each; {USABLE:.0%} of {room:.3g} GiB may be taken, activations need the rest"
+        rows.add_row(f"{_WAYS[layout.way]}{rank}{stage}", gib(layout.gib), verdict)
+    note = (
+        f"weights, gradients and optimizer on each; {USABLE:.0%} of {gib(room)} may be taken, activations need the rest"
+    )
     return Group(rows, Text(note, style="dim"))
 
 
