@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.cluster.errors import ModelError
 from tunesmith.cluster.recipe.schema import Model
-from tunesmith.trainers.advise.room import Size
+from tunesmith.trainers.advise.rules import Size
 from tunesmith.trainers.base import TOKENIZER, BaseRef, context_length, resolve_base, weight_files
 from tunesmith.trainers.memory import catalog
+from tunesmith.trainers.memory.geometry import Geometry, of_folder
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,8 @@ class Base:
 
     reference: str
     """As the recipe names it; the hub's name when the recipe has that without its owner."""
-    config: Mapping[str, Any]
-    """Its config.json, or what the catalog says of it."""
+    shape: Geometry
+    """From its config.json, or the catalog."""
     known_from: str
     """For people: what that was read from."""
     weights: BaseRef | None
@@ -44,15 +43,15 @@ def find_base(model: Model, output_dir: str | Path) -> Base:
     folder = folder if folder.is_dir() else _in_hub_cache(reference, model.revision)
     if folder is not None and weight_files(folder):
         return _with_weights(resolve_base(reference, model.revision, output_dir))
-    if folder is not None and (folder / "config.json").is_file():
+    if folder is not None:
         return _without_weights(reference, folder)
-    if folder is not None and Path(reference).expanduser().is_dir():
-        raise ModelError(f"model.base: {reference} has no config.json", "Is this a Hugging Face model folder?")
     entry = catalog.find(reference)
     if entry is not None:
         is_it = entry.name.rpartition("/")[2].lower() == reference.lower()
         name = entry.name if is_it else reference
-        return Base(name, entry.config, f"the shape of {entry.name}; its weights are not here", None, None)
+        return Base(
+            name, Geometry(entry.name, entry.config), f"the shape of {entry.name}; its weights are not here", None, None
+        )
     near = " or ".join(catalog.nearest(reference))
     raise ModelError(
         f"model.base: {reference!r} is no folder, not in this machine's cache of the hub, and no name in the catalog",
@@ -73,7 +72,7 @@ def size_of(base: Base) -> Size:
 
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**base.config))
+            model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**base.shape.config))
     except (ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model.base: no model can be built from the config of {base.reference}: {reason}") from error
@@ -81,26 +80,20 @@ def size_of(base: Base) -> Size:
     linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
     return Size(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        linear=sum(layer.weight.numel() for layer in linear),
         lora_per_rank=sum(layer.in_features + layer.out_features for layer in linear),
     )
 
 
 def _with_weights(ref: BaseRef) -> Base:
-    config = json.loads((Path(ref.path) / "config.json").read_text(encoding="utf-8"))
-    return Base(ref.reference, config, "its weights are here", ref, ref)
+    return Base(ref.reference, of_folder(Path(ref.path), ref.reference), "its weights are here", ref, ref)
 
 
 def _without_weights(reference: str, folder: Path) -> Base:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"model.base: {folder / 'config.json'} cannot be read: {error}") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ModelError(f"model.base: {folder / 'config.json'} names no model_type, so no architecture can be chosen")
+    shape = of_folder(folder, reference)
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER)
-    tokenizer = BaseRef(reference, str(folder.absolute()), "", context_length(config)) if has_tokenizer else None
-    return Base(reference, config, "its config.json; its weights are not here", None, tokenizer)
+    context = context_length(dict(shape.config))
+    tokenizer = BaseRef(reference, str(folder.absolute()), "", context) if has_tokenizer else None
+    return Base(reference, shape, "its config.json; its weights are not here", None, tokenizer)
 
 
 def _in_hub_cache(reference: str, revision: str | None) -> Path | None:

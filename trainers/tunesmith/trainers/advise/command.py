@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import textwrap
 from dataclasses import asdict, dataclass
@@ -20,11 +21,12 @@ from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.storage import write_atomic
 from tunesmith.trainers.advise.bases import Base, find_base, size_of
 from tunesmith.trainers.advise.counts import Counts, count, has_documents
+from tunesmith.trainers.advise.room import Room, changes
 from tunesmith.trainers.advise.rules import Advice, Facts, Goal, recommend
+from tunesmith.trainers.memory.choose import changed
+from tunesmith.trainers.memory.predict import Planner
 
 GOALS: tuple[Goal, ...] = get_args(Goal)
-DRAFT = ("name", "objective", "adaptation")
-"""What a draft may leave out because the advice or the file's name fills it in."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,14 @@ def run(request: Request) -> Report:
         UsageError: the data, the model, the goal, the fleet or the draft is wrong, nothing fits, or the recipe's file exists.
     """
     _require_a_goal(request.goal)
-    tree, draft = _draft(request)
+    draft, has_objective = _draft(request)
     path = request.out or Path(f"{draft.name}-advised.yaml")
     if path.exists():
         raise OutputError(f"{path} is already there", "Name another file with --out, or delete it.")
     fleet = parse_fleet(request.fleet or "this machine", load_fleets(request.fleets), draft.cluster.workers)
     output = Path(draft.output.dir).expanduser().absolute()
     documents = has_documents(draft)
-    given = tree.get("objective")
-    objective = draft.objective.kind if given else "cpt" if documents else "sft"
+    objective = draft.objective.kind if has_objective else "cpt" if documents else "sft"
     draft = draft.model_copy(update={"objective": draft.objective.model_copy(update={"kind": objective})})
     base = find_base(draft.model, output)
     counts = count(draft, base.tokenizer, output / ".cache" / "data")
@@ -103,44 +104,31 @@ def run(request: Request) -> Report:
         gpus=fleet.gpus,
         gpu_gib=fleet.gpu.memory_gib,
         gpu=fleet.gpu.name,
-        on_gpu=not fleet.gpu.is_cpu,
     )
-    advice = recommend(facts)
-    tree["model"]["base"] = base.reference
-    recipe = advised(tree, draft, advice, fleet.gpus)
+    advice = recommend(facts, Room(Planner(base.shape, fleet, max_length=counts.max_length), draft).layouts)
+    recipe = advised(draft, advice, base.reference, fleet.gpus)
     _write(path, recipe, advice)
     return Report(base, fleet, counts, facts, loss, advice, request.goal is not None, recipe, path)
 
 
-def advised(tree: dict[str, Any], draft: Recipe, advice: Advice, workers: int) -> dict[str, Any]:
+def advised(draft: Recipe, advice: Advice, base: str, workers: int) -> dict[str, Any]:
     """The draft as the user wrote it, with what was advised in its place."""
-    kept = {key: tree[key] for key in tree if key not in ("name", "model", "data", *DRAFT)}
-    model = {key: value for key, value in tree["model"].items() if key != "quantization"}
-    train = dict(kept.get("train") or {}) | {"learning_rate": advice.learning_rate}
-    if not {"epochs", "max_steps"} & train.keys():
-        train["epochs"] = advice.epochs
-    cluster = dict(kept.get("cluster") or {})
+    layout, rank = advice.layout, advice.rank or 0
+    changed_keys = changes(draft, layout.way, rank, layout.zero, layout.checkpointing)
+    changed_keys |= {"model.base": base, "train.learning_rate": advice.learning_rate}
+    if draft.train.epochs is None and draft.train.max_steps is None:
+        changed_keys["train.epochs"] = advice.epochs
     if workers > 1:
-        cluster["workers"] = workers
-    if advice.zero == 3:
-        cluster["zero"] = 3
-    adaptation: dict[str, Any] = {"kind": "full"}
-    if advice.rank is not None:
-        # the update is scaled by lora_alpha / rank, under which one learning rate suits every rank
-        own = {"lora_dropout", "target_modules"} & (tree["adaptation"].keys() if _is_lora(tree) else set())
-        adaptation = {"kind": "lora", "rank": advice.rank, "lora_alpha": 32} | {
-            key: tree["adaptation"][key] for key in own
-        }
-    recipe = {
-        "name": draft.name,
-        "model": model | ({"quantization": "nf4"} if advice.way == "qlora" else {}),
-        "data": tree["data"],
-        "objective": advice.objective,
-        "adaptation": adaptation,
-        **kept,
-        "train": train,
-    }
-    return recipe | ({"cluster": cluster} if cluster else {})
+        changed_keys["cluster.workers"] = workers
+    elif draft.cluster.zero == "auto":
+        del changed_keys["cluster.zero"]
+    if not layout.checkpointing:
+        del changed_keys["train.gradient_checkpointing"]
+    recipe = changed(draft, changed_keys).model_dump(mode="json", exclude_unset=True)
+    if recipe["model"]["quantization"] is None:
+        del recipe["model"]["quantization"]
+    first = {key: recipe[key] for key in ("name", "model", "data", "objective", "adaptation")}
+    return first | recipe
 
 
 def _require_a_goal(goal: str | None) -> None:
@@ -150,18 +138,14 @@ def _require_a_goal(goal: str | None) -> None:
         raise UsageError(f"--goal {goal}: no such goal", f"{hint}The goals are {', '.join(GOALS)}.")
 
 
-def _draft(request: Request) -> tuple[dict[str, Any], Recipe]:
-    """The draft as written and as checked, with placeholders for what the advice fills in."""
+def _draft(request: Request) -> tuple[Recipe, bool]:
+    """The draft with placeholders for what the advice fills in, and whether it names an objective itself."""
     if [Path(item).suffix for item in request.what] in ([".yaml"], [".yml"]):
         path = Path(request.what[0])
         tree, _ = read_yaml(path, RecipeError, "recipe", "model and data")
-        changed = {} if request.model is None else {"model.base": request.model}
-        filled = {"name": _name(path.stem), "objective": "sft", "adaptation": "lora"}
-        overrides = [f"{key}={value}" for key, value in (changed | filled).items() if key not in tree]
-        recipe = load_recipe(path, overrides)
-        if request.model is not None:
-            tree["model"] = {**(tree.get("model") or {}), "base": request.model}
-        return tree, recipe
+        missing = [f"{key}={json.dumps(value)}" for key, value in _placeholders(path).items() if key not in tree]
+        model = [] if request.model is None else [f"model.base={json.dumps(request.model)}"]
+        return load_recipe(path, missing + model), "objective" in tree
     if mixed := [item for item in request.what if Path(item).suffix in (".yaml", ".yml")]:
         raise UsageError(
             f"{mixed[0]} is a recipe among {len(request.what)} inputs", "Give data files, or one recipe alone."
@@ -172,17 +156,13 @@ def _draft(request: Request) -> tuple[dict[str, Any], Recipe]:
         )
     data = request.what[0] if len(request.what) == 1 else list(request.what)
     tree = {"model": {"base": request.model}, "data": {"train": data}}
-    filled = {"name": _name(Path(request.what[0]).name.partition(".")[0]), "objective": "sft", "adaptation": "lora"}
-    return tree, Recipe.model_validate(tree | filled)
+    return Recipe.model_validate(_placeholders(Path(request.what[0])) | tree), False
 
 
-def _name(stem: str) -> str:
-    """A run's name out of a file's."""
-    return re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._")[:63].rstrip("-._") or "advised"
-
-
-def _is_lora(tree: dict[str, Any]) -> bool:
-    return isinstance(tree.get("adaptation"), dict) and tree["adaptation"].get("kind") == "lora"
+def _placeholders(path: Path) -> dict[str, str]:
+    """What a draft may leave out. The run is named after the file."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", path.name.partition(".")[0].lower()).strip("-._")[:63].rstrip("-._")
+    return {"name": name or "advised", "objective": "sft", "adaptation": "lora"}
 
 
 def _loss(base: Base, parameters: int, counts: Counts) -> Any:

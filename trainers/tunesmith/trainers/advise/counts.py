@@ -29,6 +29,8 @@ class Counts:
     """Of one pass."""
     lines: list[str]
     """What people should know of the data, a line each."""
+    max_length: int | None
+    """Tokens of a full row; None without a tokenizer."""
     store: TokenStore | None
     """The rows themselves; None without a tokenizer."""
 
@@ -53,7 +55,7 @@ def count(recipe: Recipe, tokenizer: BaseRef | None, cache: Path) -> Counts:
         return _estimate(recipe)
     prepared = prepare(recipe, tokenizer, cache)
     train = prepared.report.splits["train"]
-    return Counts(train.rows, train.trained_tokens, prepared.report.lines(), prepared.train)
+    return Counts(train.rows, train.trained_tokens, prepared.report.lines(), prepared.max_length, prepared.train)
 
 
 def _estimate(recipe: Recipe) -> Counts:
@@ -75,7 +77,7 @@ def _estimate(recipe: Recipe) -> Counts:
     bad = f", {unusable:,} more cannot be used" if unusable else ""
     tokens = size // BYTES_PER_TOKEN
     line = f"{names}: {rows:,} rows{bad}, about {tokens:,} trained tokens (by bytes: the base's tokenizer is not here)"
-    return Counts(rows, tokens, [line], None)
+    return Counts(rows, tokens, [line], None, None)
 
 
 def _trained_bytes(example: Example) -> int:

@@ -1,35 +1,19 @@
-"""How much memory each adaptation takes on each GPU: the closed forms that are known before anything is simulated.
-
-They count weights, gradients and optimizer state. What they leave out (activations, logits, buckets, the CUDA context) has to fit
-into the share of the memory that `USABLE` keeps free.
-"""
+"""How much memory each adaptation would take on each worker, by the planner that `plan` and the launcher use."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from tunesmith.cluster.fleet import GIB
+from tunesmith.cluster.recipe.schema import Lora, Recipe
+from tunesmith.trainers.memory.choose import changed
+from tunesmith.trainers.memory.predict import Planner
 
 Way = Literal["full", "lora", "qlora"]
-GIB = 2**30
-STATE_BYTES = 16
-"""Of a trained parameter under AdamW. In 16 bits: weight 2, gradient 2, fp32 weight 4, two moments 8 (Rajbhandari et al. 2020,
-ZeRO, section 3.1). In fp32: weight 4, gradient 4, two moments 8."""
-NF4_BYTES = 0.516
-"""Of a weight in 4 bits with its doubly quantised scales (Dettmers et al. 2023, QLoRA, section 3): 4.127 bits."""
-USABLE = 0.8
-"""Share of a GPU's memory that the closed forms may fill."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a base's geometry says."""
-
-    parameters: int
-    """All of them, a tied head counted once."""
-    linear: int
-    """Those in linear layers other than the head: what NF4 quantises."""
-    lora_per_rank: int
-    """Parameters that LoRA on these layers adds for each unit of rank: inputs + outputs."""
+LORA_ALPHA = 32
+"""The update is scaled by alpha / rank; with one alpha, one learning rate suits every rank (Schulman et al. 2025)."""
 
 
 @dataclass(frozen=True)
@@ -39,32 +23,57 @@ class Layout:
     way: Way
     zero: int
     """ZeRO stage."""
+    checkpointing: bool
+    """Whether activations are computed twice (gradient checkpointing)."""
     gib: float
-    """On each GPU."""
+    """On each worker at the worst moment, what CUDA itself takes included."""
+    fits: bool
 
 
-def layouts(size: Size, rank: int, gpus: int, on_gpu: bool) -> list[Layout]:
-    """Every layout, for each adaptation the fastest first.
+@dataclass
+class Room:
+    """Simulates layouts of a draft as they are asked for."""
 
-    Args:
-        rank: of LoRA and QLoRA.
-        gpus: that share the work; on CPUs, workers.
-        on_gpu: 16-bit weights; else all is fp32.
-    """
-    weight = 2 if on_gpu else 4
-    state = STATE_BYTES - weight
-    whole, adapter = float(size.parameters), float(rank * size.lora_per_rank)
-    beside = weight * adapter + state * adapter / gpus
-    quantised = NF4_BYTES * size.linear + weight * (whole - size.linear)
-    plain = 0 if gpus == 1 else 2
-    options: list[tuple[Way, int, float]] = [
-        ("full", plain, weight * whole + state * whole / gpus),
-        ("full", 3, STATE_BYTES * whole / gpus),
-        ("lora", plain, weight * whole + beside),
-        ("lora", 3, (weight * whole + STATE_BYTES * adapter) / gpus),
-        ("qlora", plain, quantised + beside),  # every rank loads the quantised base whole, whatever the stage
-    ]
-    return [Layout(way, zero, size_bytes / GIB) for way, zero, size_bytes in options if zero != 3 or gpus > 1]
+    planner: Planner
+    draft: Recipe
+
+    def layouts(self, way: Way, rank: int) -> Iterator[Layout]:
+        """Every layout of an adaptation, the fastest first.
+
+        QLoRA is not shared out by ZeRO-3: every worker loads the base in 4 bits whole.
+        """
+        several = self.planner.workers(self.draft) > 1
+        stages: list[int] = [2, 3] if several and way != "qlora" else [2] if several else [0]
+        if self.draft.cluster.zero != "auto":
+            stages = [self.draft.cluster.zero]
+        for zero in stages:
+            for checkpointing in (False, True):
+                variant = changed(self.draft, self._plain() | changes(self.draft, way, rank, zero, checkpointing))
+                prediction = self.planner.predict(variant)
+                yield Layout(way, zero, checkpointing, prediction.total / GIB, prediction.fits)
+
+    def _plain(self) -> dict[str, Any]:
+        """What stands for the draft's `auto`, which is chosen when the recipe runs."""
+        batch, offload = self.draft.train.per_device_train_batch_size, self.draft.cluster.offload
+        return {
+            "train.per_device_train_batch_size": 1 if batch == "auto" else batch,
+            "cluster.offload": "none" if offload == "auto" else offload,
+        }
+
+
+def changes(draft: Recipe, way: Way, rank: int, zero: int, checkpointing: bool) -> dict[str, Any]:
+    """Dotted keys that make the draft such a layout; of the draft's own LoRA, targets and dropout stay."""
+    adaptation: dict[str, Any] = {"kind": "full"}
+    if way != "full":
+        own = draft.adaptation.model_dump(exclude_unset=True) if isinstance(draft.adaptation, Lora) else {}
+        kept = {key: own[key] for key in ("lora_dropout", "target_modules") if key in own}
+        adaptation = {"kind": "lora", "rank": rank, "lora_alpha": LORA_ALPHA, **kept}
+    return {
+        "adaptation": adaptation,
+        "model.quantization": "nf4" if way == "qlora" else None,
+        "cluster.zero": zero,
+        "train.gradient_checkpointing": checkpointing,
+    }
 
 
 def gib(amount: float) -> str:

@@ -5,12 +5,12 @@ The rules follow what is published; every threshold says where it comes from. No
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from tunesmith.cluster.errors import ResourceError
-from tunesmith.trainers.advise.room import USABLE, Layout, Size, Way, gib, layouts
+from tunesmith.trainers.advise.room import Layout, Way, gib
 
 Goal = Literal["knowledge", "ability", "format", "safety"]
 Closeness = Literal["similar", "between", "different", "unknown"]
@@ -37,6 +37,16 @@ FEW_EPOCHS, FEW_ROWS = 3, 52_000
 
 
 @dataclass(frozen=True)
+class Size:
+    """What a base's geometry says."""
+
+    parameters: int
+    """All of them, a tied head counted once."""
+    lora_per_rank: int
+    """Parameters that LoRA on every linear layer but the head adds for each unit of rank: inputs + outputs."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """All that the advice depends on."""
 
@@ -59,7 +69,6 @@ class Facts:
     """Memory of each."""
     gpu: str
     """Name of the GPU."""
-    on_gpu: bool
 
     @property
     def closeness(self) -> Closeness:
@@ -111,10 +120,8 @@ class Advice:
     """`qlora` is LoRA on a base in 4 bits."""
     rank: int | None
     """None when every weight is trained."""
-    zero: int
-    """ZeRO stage that the memory needs; the recipe leaves it to `auto` below 3."""
-    gib: float
-    """Weights, gradients and optimizer state on each GPU."""
+    layout: Layout
+    """How it is placed on the fleet."""
     learning_rate: float
     epochs: int
     reasons: list[str]
@@ -122,7 +129,7 @@ class Advice:
     cautions: list[str]
     """Sentences about what the advice cannot mend."""
     considered: list[Layout]
-    """Every layout with its memory."""
+    """The layouts that were simulated, the wished one first; the last is the advised one."""
 
 
 RULES = (
@@ -206,17 +213,40 @@ RULES = (
 )
 
 
-def recommend(facts: Facts) -> Advice:
+def recommend(facts: Facts, layouts: Callable[[Way, int], Iterable[Layout]]) -> Advice:
     """The advice of the first rule that holds, changed to what the fleet's memory can hold.
+
+    Args:
+        layouts: the layouts of an adaptation of some rank, the fastest first.
 
     Raises:
         ResourceError: not even a base in 4 bits fits.
     """
     rule = next(rule for rule in RULES if rule.holds(facts))
-    rank = rule.rank(facts)
-    considered = layouts(facts.size, rank, facts.gpus, facts.on_gpu)
-    reasons = [rule.why(facts)]
-    chosen = _first_that_fits(rule.way, considered, facts, reasons)
+    rank, reasons, considered = rule.rank(facts), [rule.why(facts)], []
+    for way in WAYS[WAYS.index(rule.way) :]:
+        mine: list[Layout] = []
+        for layout in layouts(way, rank):
+            mine.append(layout)
+            considered.append(layout)
+            if layout.fits:
+                return _advice(facts, rule, rank, reasons + _spared(mine, facts), considered)
+        takes = gib(min(layout.gib for layout in mine))
+        reasons.append(
+            f"{NAMES[way]} does not fit: it takes at least {takes} of each {facts.gpu}, which has {gib(facts.gpu_gib)}."
+            f"{INSTEAD[way]}"
+        )
+    least = min(considered, key=lambda layout: layout.gib)
+    raise ResourceError(
+        f"no adaptation of {facts.size.parameters / 1e9:,.3g} billion parameters fits:\n"
+        + "\n".join(f"  {reason}" for reason in reasons[1:]),
+        f"Name a smaller base, shorter rows (data.max_length), or a fleet of GPUs with at least {gib(least.gib)}, or of more of "
+        "them: ZeRO-3 shares out LoRA's base in 16 bits.",
+    )
+
+
+def _advice(facts: Facts, rule: Rule, rank: int, reasons: list[str], considered: list[Layout]) -> Advice:
+    chosen = considered[-1]
     is_lora = chosen.way != "full"
     answers = facts.objective == "sft"
     return Advice(
@@ -224,8 +254,7 @@ def recommend(facts: Facts) -> Advice:
         objective=facts.objective,
         way=chosen.way,
         rank=rank if is_lora else None,
-        zero=chosen.zero,
-        gib=chosen.gib,
+        layout=chosen,
         learning_rate=LORA_RATE if is_lora else FULL_RATE,
         epochs=FEW_EPOCHS if answers and facts.rows <= FEW_ROWS else 1,
         reasons=reasons,
@@ -234,31 +263,18 @@ def recommend(facts: Facts) -> Advice:
     )
 
 
-def fits(layout: Layout, gpu_gib: float) -> bool:
-    """Whether a layout leaves enough of a GPU for what the closed forms do not count."""
-    return layout.gib <= USABLE * gpu_gib
-
-
-def _first_that_fits(wish: Way, considered: list[Layout], facts: Facts, reasons: list[str]) -> Layout:
-    """The wished adaptation, or the next smaller one; adds to `reasons` why not the wish."""
-    room = f"{USABLE * facts.gpu_gib:.3g} of the {gib(facts.gpu_gib)} of {facts.gpu}"
-    least = min(layout.gib for layout in considered)
-    for way in WAYS[WAYS.index(wish) :]:
-        mine = [layout for layout in considered if layout.way == way]
-        fitting = next((layout for layout in mine if fits(layout, facts.gpu_gib)), None)
-        if fitting is not None:
-            if fitting.zero == 3:
-                reasons.append(f"The weights are shared out over {facts.gpus} GPUs (ZeRO-3): whole they would not fit.")
-            return fitting
-        share = f", shared by {facts.gpus}," if facts.gpus > 1 and way != "qlora" else ""
-        takes = gib(min(layout.gib for layout in mine))
-        reasons.append(f"{NAMES[way]} does not fit: it takes {takes} a GPU{share} and may take {room}.{INSTEAD[way]}")
-    raise ResourceError(
-        f"no adaptation of {facts.size.parameters / 1e9:,.3g} billion parameters fits:\n"
-        + "\n".join(f"  {reason}" for reason in reasons[1:]),
-        f"Name a smaller base, or a fleet of GPUs with at least {gib(least / USABLE)} (or more of them: LoRA in 16 bits is "
-        "shared out by ZeRO-3).",
-    )
+def _spared(tried: list[Layout], facts: Facts) -> list[str]:
+    """Why the last layout and not a faster one before it."""
+    chosen, found = tried[-1], []
+    if chosen.zero == 3 and tried[0].zero != 3:
+        found.append(
+            f"Weights are shared out over {facts.gpus} GPUs (ZeRO-3): whole they take {gib(tried[0].gib)} of each."
+        )
+    if chosen.checkpointing and len(tried) > 1:
+        found.append(
+            f"Activations are computed twice (gradient checkpointing): kept, it would take {gib(tried[-2].gib)}."
+        )
+    return found
 
 
 WAYS: tuple[Way, ...] = ("full", "lora", "qlora")

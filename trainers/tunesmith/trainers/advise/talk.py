@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.trainers.advise.command import Report
-from tunesmith.trainers.advise.room import USABLE, gib
-from tunesmith.trainers.advise.rules import DIFFERENT, SIMILAR, fits
+from tunesmith.trainers.advise.room import gib
+from tunesmith.trainers.advise.rules import DIFFERENT, SIMILAR
 
 _COLOURS = {"similar": "green", "between": "yellow", "different": "red", "unknown": "dim"}
 _WAYS = {"full": "every weight", "lora": "LoRA", "qlora": "QLoRA (NF4)"}
@@ -60,22 +60,19 @@ def _loss(report: Report) -> Text:
     )
 
 
-def _memory(report: Report) -> Group:
-    """A line for each layout: GiB a GPU, and whether it fits."""
-    room = report.facts.gpu_gib
+def _memory(report: Report) -> Table:
+    """A line for each layout that was simulated: memory of a worker, and whether it fits."""
     rows = Table.grid(padding=(0, 2))
     rows.add_column()
     rows.add_column(justify="right")
     rows.add_column()
     for layout in report.advice.considered:
-        rank = "" if layout.way == "full" or report.advice.rank is None else f" {report.advice.rank}"
-        stage = ", ZeRO-3" if layout.zero == 3 else ""
-        verdict = Text("fits", "green") if fits(layout, room) else Text("does not fit", "red")
-        rows.add_row(f"{_WAYS[layout.way]}{rank}{stage}", gib(layout.gib), verdict)
-    note = (
-        f"weights, gradients and optimizer on each; {USABLE:.0%} of {gib(room)} may be taken, activations need the rest"
-    )
-    return Group(rows, Text(note, style="dim"))
+        named = [_WAYS[layout.way]]
+        named += [f"ZeRO-{layout.zero}"] if layout.zero else []
+        named += ["gradient checkpointing"] if layout.checkpointing else []
+        verdict = Text("fits", "green") if layout.fits else Text("does not fit", "red")
+        rows.add_row(", ".join(named), gib(layout.gib), verdict)
+    return rows
 
 
 def _sentences(sentences: list[str]) -> Group:
