@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,7 +52,8 @@ class Room:
         for zero in stages:
             for checkpointing in (False, True):
                 variant = changed(self.draft, self._plain() | changes(self.draft, way, rank, zero, checkpointing))
-                prediction = self.planner.predict(variant)
+                with _without_library_talk():
+                    prediction = self.planner.predict(variant)
                 yield Layout(way, zero, checkpointing, prediction.total / GIB, prediction.fits)
 
     def _plain(self) -> dict[str, Any]:
@@ -74,6 +78,20 @@ def changes(draft: Recipe, way: Way, rank: int, zero: int, checkpointing: bool) 
         "cluster.zero": zero,
         "train.gradient_checkpointing": checkpointing,
     }
+
+
+@contextmanager
+def _without_library_talk() -> Iterator[None]:
+    """Keeps back what bitsandbytes and PEFT say of a model that is only simulated."""
+    logger = logging.getLogger("bitsandbytes")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The PEFT config's")
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def gib(amount: float) -> str:
