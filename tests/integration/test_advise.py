@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ DOCUMENTS = 10
 LONGEST = 200  # characters
 
 
+@cache
 def known_documents() -> list[str]:
     texts = [text for text in documentation.documents(documentation.entries()) if len(text) >= 120]
     return [text[:LONGEST] for text in texts[:: len(texts) // DOCUMENTS][:DOCUMENTS]]
