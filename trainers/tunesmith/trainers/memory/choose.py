@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from pydantic import ValidationError
+
 from tunesmith.cluster.recipe.schema import Full, Recipe
 from tunesmith.trainers.memory.predict import Planner, Prediction
 from tunesmith.trainers.memory.tracker import ACTIVATIONS
@@ -83,9 +85,9 @@ def choose(planner: Planner, recipe: Recipe, settled: dict[str, Any] | None = No
     best: Choice | None = None
     for values in product(*options.values()):
         chosen = dict(zip(options, values, strict=True))
-        if not _is_sound(quiet, chosen):
+        variant = _sound(quiet, chosen)
+        if variant is None:
             continue
-        variant = changed(quiet, chosen)
         found = Choice(variant, chosen, planner.predict(variant))
         best = found if best is None or _rank(found) < _rank(best) else best
     assert best is not None, "no combination of what auto may become is sound"
@@ -109,10 +111,12 @@ def _options(planner: Planner, recipe: Recipe) -> dict[str, tuple[Any, ...]]:
     return options
 
 
-def _is_sound(recipe: Recipe, chosen: dict[str, Any]) -> bool:
-    """Whether the schema takes the combination: offloading needs a ZeRO stage."""
-    offload = chosen.get("cluster.offload", recipe.cluster.offload)
-    return not (offload == "cpu" and chosen.get("cluster.zero", recipe.cluster.zero) == 0)
+def _sound(recipe: Recipe, changes: dict[str, Any]) -> Recipe | None:
+    """The changed recipe; None when the schema refuses the combination, as offloading without a ZeRO stage."""
+    try:
+        return changed(recipe, changes)
+    except ValidationError:
+        return None
 
 
 def _rank(choice: Choice) -> tuple[bool, float]:
@@ -138,8 +142,8 @@ def alternatives(planner: Planner, choice: Choice) -> list[Alternative]:
 
     for attempts in _ladders(planner, choice.recipe):
         for changes in attempts:
-            variant = changed(choice.recipe, changes)
-            if hopeless(variant):
+            variant = _sound(choice.recipe, changes)
+            if variant is None or hopeless(variant):
                 continue
             prediction = planner.predict(variant)
             if prediction.fits:
@@ -180,9 +184,9 @@ def _larger_fleet(planner: Planner, choice: Choice, asked: float) -> Alternative
     for checkpointing in ({}, CHECKPOINTING):
         if checkpointing and choice.recipe.train.gradient_checkpointing:
             continue
-        variant = changed(choice.recipe, {**SHARDED, **checkpointing})
+        variant = _sound(choice.recipe, {**SHARDED, **checkpointing})
         times = 2
-        while times <= MOST_TIMES_MORE:
+        while variant is not None and times <= MOST_TIMES_MORE:
             gpus = planner.fleet.gpus * times
             prediction = planner.predict(variant, gpus)
             if prediction.fits:
