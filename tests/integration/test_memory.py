@@ -6,8 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from memory_runs import WORKERS, Run, prepare, train_and_compare
+from memory_runs import WORKERS, Run, prepare, recipe_of, train_and_compare
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from trainings import losses, trainer_here
 from workers import run_workers
+
+from tunesmith.cluster.artifacts import PlanReceipt
+from tunesmith.trainers.loop import Trainer
+from tunesmith.trainers.memory import measure
 
 STAGES = (0, 1, 2, 3)
 CORE = [
@@ -45,3 +51,61 @@ def test_the_simulated_peak_is_the_tracked_one(tmp_path: Path) -> None:
 def test_the_whole_grid_agrees(tmp_path: Path) -> None:
     errors = _errors(tmp_path, GRID)
     assert {name: error for name, error in errors.items() if abs(error) > 0.01} == {}
+
+
+def _train(folder: Path, name: str, stage: int, measured: int, steps: int = 4) -> Trainer:
+    """The LoRA recipe, of whose steps so many are measured."""
+    measure.STEPS = measured
+    written = recipe_of(folder, Run(stage, "lora"))
+    written["name"] = name
+    written["train"] |= {"max_steps": steps, "save_steps": 2}
+    trainer = trainer_here(folder, written)
+    trainer.run()
+    return trainer
+
+
+def _train_measured_and_not(folder: Path) -> None:
+    for stage in (0, 3):
+        _train(folder, f"plain-{stage}", stage, measured=0)
+        trainer = _train(folder, f"measured-{stage}", stage, measured=2)
+        assert trainer.meter.steps == 2
+        assert _get_current_dispatch_mode_stack() == []
+
+
+def test_measuring_changes_no_loss(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    run_workers(WORKERS, _train_measured_and_not, tmp_path)
+    for stage in (0, 3):
+        found = losses(tmp_path, f"measured-{stage}")
+        assert len(found) == 4
+        assert found == losses(tmp_path, f"plain-{stage}")
+        assert _receipt(tmp_path, f"measured-{stage}").within is not None
+        unmeasured = _receipt(tmp_path, f"plain-{stage}")
+        assert (unmeasured.within, unmeasured.problem) == (None, "no step was trained, so nothing was measured")
+
+
+def _receipt(folder: Path, name: str) -> PlanReceipt:
+    return PlanReceipt.model_validate_json((folder / "runs" / name / "artifact" / "receipts" / "plan.json").read_bytes())
+
+
+def _train_two_steps(folder: Path) -> None:
+    _train(folder, "measured", 2, measured=2, steps=2)
+
+
+def test_the_receipt_is_within_a_percent_for_every_worker(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    run_workers(WORKERS, _train_two_steps, tmp_path)
+    receipt = _receipt(tmp_path, "measured")
+    assert (receipt.problem, receipt.device, receipt.steps) == ("", "cpu", 2)
+    assert [worker.rank for worker in receipt.workers] == list(range(WORKERS))
+    for worker in receipt.workers:
+        assert (worker.tokens, worker.labels) == (64, 63)
+        assert sum(worker.measured.values()) == worker.measured_bytes
+        assert sum(worker.predicted.values()) == worker.predicted_bytes
+        assert worker.measured["adapter"] == worker.predicted["adapter"]
+    assert receipt.within is not None
+    assert receipt.within <= 0.01
+    card = (tmp_path / "runs" / "measured" / "artifact" / "README.md").read_text()
+    assert f"- plan (within {receipt.within:.1%})" in card
+    run_workers(WORKERS, _train_two_steps, tmp_path)  # all is done already: what was measured before is kept
+    assert _receipt(tmp_path, "measured") == receipt
