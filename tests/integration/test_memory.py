@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 from memory_runs import WORKERS, Run, prepare, recipe_of, train_and_compare
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from trainings import losses, trainer_here
+from trainings import gradient_norms, losses, recipe, trainer_here, write_rows, zero
 from workers import run_workers
 
 from tunesmith.cluster.artifacts import PlanReceipt
+from tunesmith.trainers.export import ADAPTER_WEIGHTS
 from tunesmith.trainers.loop import Trainer
 from tunesmith.trainers.memory import measure
+from tunesmith.trainers.memory.tracker import MemoryTracker
 
 STAGES = (0, 1, 2, 3)
+KEPT_BYTES = 1024  # that a probe may leave: DeepSpeed's counters; the smallest adapter's gradients are 200 times that
 CORE = [
     *(Run(stage) for stage in STAGES),
     *(Run(stage, "lora", "bf16", 2) for stage in STAGES[1:]),  # 16-bit formats begin at stage 1
@@ -109,3 +112,49 @@ def test_the_receipt_is_within_a_percent_for_every_worker(tmp_path: Path) -> Non
     assert f"- plan (within {receipt.within:.1%})" in card
     run_workers(WORKERS, _train_two_steps, tmp_path)  # all is done already: what was measured before is kept
     assert _receipt(tmp_path, "measured") == receipt
+
+
+class _Probed(Trainer):
+    """Probes on a CPU too."""
+
+    def open_books(self) -> None:
+        before = _alive()
+        self.probe_memory()
+        assert _alive() <= before + KEPT_BYTES, "the probe's gradients are still there"
+        super().open_books()
+
+
+def _alive() -> int:
+    """Bytes of all tensors."""
+    tracker = MemoryTracker()
+    tracker.claim_everything_alive("found")
+    return tracker.live.total()
+
+
+def _train_probed_and_not(folder: Path, precision: str, accumulation: int) -> None:
+    for stage in STAGES:
+        for kind in (Trainer, _Probed):
+            written = recipe(
+                folder,
+                f"{kind.__name__.strip('_').lower()}-{stage}",
+                "llama",
+                cluster=zero(stage),
+                adaptation={"kind": "lora", "lora_dropout": 0.1},
+                train={"gradient_accumulation_steps": accumulation, "precision": precision, "max_steps": 4},
+            )
+            kind(trainer_here(folder, written).job, lambda _record: None).run()
+
+
+@pytest.mark.parametrize(("precision", "accumulation"), [("fp32", 1), ("bf16", 2)])
+def test_a_probe_leaves_the_run_as_it_was(tmp_path: Path, precision: str, accumulation: int) -> None:
+    """Bit for bit: every loss, gradient norm and weight."""
+    prepare(tmp_path)
+    write_rows(tmp_path / "rows.jsonl")
+    run_workers(WORKERS, _train_probed_and_not, tmp_path, precision, accumulation)
+    for stage in STAGES:
+        plain, probed = f"trainer-{stage}", f"probed-{stage}"
+        assert len(losses(tmp_path, probed)) == 4
+        assert losses(tmp_path, probed) == losses(tmp_path, plain)
+        assert gradient_norms(tmp_path, probed) == gradient_norms(tmp_path, plain)
+        weights = [(tmp_path / "runs" / name / "artifact" / ADAPTER_WEIGHTS).read_bytes() for name in (plain, probed)]
+        assert weights[0] == weights[1]

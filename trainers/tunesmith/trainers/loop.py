@@ -34,6 +34,7 @@ from tunesmith.trainers.figures import closing_figures, memory_gib
 from tunesmith.trainers.gradients import GradientWatch, norm_before_step
 from tunesmith.trainers.logs import Log, numbers, open_logs, require_installed
 from tunesmith.trainers.memory.measure import StepMeter
+from tunesmith.trainers.memory.probe import probe
 from tunesmith.trainers.models import BaseRef, load_tokenizer
 from tunesmith.trainers.objectives import OBJECTIVES
 from tunesmith.trainers.packing import BatchPlan, StepPlan
@@ -184,6 +185,8 @@ class Trainer:
         """Trains to the end, or until it is asked to stop."""
         self.set_up()
         self.resume()
+        if self.device.type == "cuda":
+            self.probe_memory()
         self.open_books()
         if self.progress.step == 0 and self.held_out:
             self.log({"step": 0, "eval_loss": self.held_out_loss(self.held_out)})
@@ -202,6 +205,13 @@ class Trainer:
         if self.use_best and (best := self.checkpoints.best()) is not None:
             self.checkpoints.load(self.engine, best)
         return Outcome(finished=True, step=self.progress.step, metrics=self.finish())
+
+    def probe_memory(self) -> None:
+        """Takes the memory of the run's largest batches, so that what does not fit fails before step one."""
+        packs = self.plan.longest(self.total_steps, self.rows)
+        longest = collate(self.data.train, packs, 1.0).to(self.device)
+        held_out = self.held_out.longest().to(self.device) if self.held_out else None
+        probe(self.engine, lambda batch: self.forward_backward(batch, 0, 0, 1.0), longest, held_out)
 
     def open_books(self) -> None:
         """The mask receipt, and the metrics without the steps that are about to be repeated."""
