@@ -10,7 +10,9 @@ from tunesmith.cluster.errors import OutOfMemoryError, UsageError
 from tunesmith.trainers.memory.probe import out_of_memory, translated
 from tunesmith.trainers.packing import BatchPlan, Mixture
 
-SAID = "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 22.00 GiB of which 1.00 GiB is free."
+SAID = (
+    "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 22.00 GiB of which 1.00 GiB is free."
+)
 
 
 def test_what_does_not_fit_is_said_with_numbers() -> None:
@@ -24,7 +26,10 @@ def test_what_does_not_fit_is_said_with_numbers() -> None:
 
 
 def test_a_failed_allocation_becomes_our_error() -> None:
-    with pytest.raises(OutOfMemoryError, match="this batch does not fit"), translated("this batch", torch.device("cpu")):
+    with (
+        pytest.raises(OutOfMemoryError, match="this batch does not fit"),
+        translated("this batch", torch.device("cpu")),
+    ):
         raise torch.OutOfMemoryError(SAID)
     with pytest.raises(RuntimeError, match="else"), translated("this batch", torch.device("cpu")):
         raise RuntimeError("something else")
