@@ -168,7 +168,9 @@ def _train_probed_and_not(folder: Path, precision: str, accumulation: int) -> No
             kind(trainer_here(folder, written).job, lambda _record: None).run()
 
 
-@pytest.mark.parametrize(("precision", "accumulation"), [("fp32", 1), ("bf16", 2)])
+@pytest.mark.parametrize(
+    ("precision", "accumulation"), [("fp32", 1), pytest.param("bf16", 2, marks=pytest.mark.matrix)]
+)
 def test_a_probe_leaves_the_run_as_it_was(tmp_path: Path, precision: str, accumulation: int) -> None:
     """Bit for bit: every loss, gradient norm and weight."""
     prepare(tmp_path)
