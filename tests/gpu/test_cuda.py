@@ -65,3 +65,40 @@ def test_a_recipe_trains_on_one_gpu(tmp_path: Path, adaptation: str, zero: int) 
     assert ended.returncode == 0, ended.stderr
     lines = [json.loads(line) for line in (tmp_path / "runs" / "gpu" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
+
+
+def _train(folder: Path, changes: dict) -> subprocess.CompletedProcess[str]:
+    make("llama", folder / "llama", head_dim=16, **changes.get("model", {}))
+    write_rows(folder / "rows.jsonl")
+    recipe = {
+        "name": "gpu",
+        "model": {"base": str(folder / "llama")},
+        "data": {"train": str(folder / "rows.jsonl"), "max_length": 128},
+        "objective": "sft",
+        "adaptation": "full",
+        "train": {"max_steps": 3, **changes.get("train", {})},
+        "output": {"dir": str(folder / "runs"), "report_to": []},
+    }
+    (folder / "gpu.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "tunesmith.cluster.main", "train", str(folder / "gpu.yaml"), "--json"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+
+
+def test_the_plan_receipt_says_what_the_allocator_saw(tmp_path: Path) -> None:
+    ended = _train(tmp_path, {"model": {"hidden_size": 512, "num_hidden_layers": 6}})
+    assert ended.returncode == 0, ended.stderr
+    receipt = json.loads((tmp_path / "runs" / "gpu" / "artifact" / "receipts" / "plan.json").read_text())
+    assert (receipt["device"], receipt["steps"]) == ("cuda", 2)
+    (worker,) = receipt["workers"]
+    assert sum(worker["measured"].values()) == worker["measured_bytes"] > 0
+    assert receipt["within"] <= 0.08, receipt
+
+
+def test_what_does_not_fit_is_said_before_step_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU's memory a process may take some megabytes only: the model fits, its largest batch does not."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "per_process_memory_fraction:0.001")
+    ended = _train(tmp_path, {"train": {"per_device_train_batch_size": 100}, "model": {"hidden_size": 512, "num_hidden_layers": 12}})
+    assert ended.returncode == 2, ended.stderr
+    assert "does not fit" in ended.stderr
+    metrics = tmp_path / "runs" / "gpu" / "metrics.jsonl"
+    assert not metrics.exists() or not metrics.read_text()

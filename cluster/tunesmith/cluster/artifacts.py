@@ -141,3 +141,53 @@ class ParityReceipt(BaseModel):
     """Largest difference from the untuned base; 0 means that nothing was learnt, and fails."""
     unmerged: str = ""
     """Why the adapter cannot be merged into its base, in PEFT's words; empty when it was, or when there is none."""
+
+
+class WorkerMemory(BaseModel):
+    """What one worker's device held at the worst moment of the measured steps."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    rank: int
+    """Of the worker."""
+    tokens: int
+    """Of its largest micro-batch in these steps; this one was simulated."""
+    labels: int
+    """Labelled tokens of that micro-batch."""
+    measured_bytes: int
+    """Bytes of tensors at the worst moment."""
+    measured: dict[str, int] = Field(default_factory=dict)
+    """The same by cause: what was there when the step began, and what was made in it."""
+    predicted_bytes: int | None = None
+    """What the planner says for that micro-batch; None when it was not simulated."""
+    predicted: dict[str, int] = Field(default_factory=dict)
+    """The same by the planner's causes."""
+
+    @property
+    def error(self) -> float | None:
+        """The prediction's excess as a fraction of what was measured."""
+        if self.predicted_bytes is None or not self.measured_bytes:
+            return None
+        return self.predicted_bytes / self.measured_bytes - 1
+
+
+class PlanReceipt(BaseModel):
+    """Predicted against measured memory of the first optimizer steps. It fails nothing: it shows."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    within: float | None = None
+    """Largest difference between prediction and measurement of a worker, as a fraction; None without both."""
+    problem: str = ""
+    """Why there is no prediction or no measurement, as a sentence; empty when there are both."""
+    device: str = ""
+    """What was measured: `cpu` by following every tensor, `cuda` by the allocator's own peak."""
+    steps: int = 0
+    """Optimizer steps measured."""
+    workers: list[WorkerMemory] = Field(default_factory=list)
+    """By rank."""
+
+    @property
+    def verdict(self) -> str:
+        """In a few words."""
+        return "not compared" if self.within is None else f"within {self.within:.1%}"

@@ -54,6 +54,10 @@ class FleetError(UsageError):
     """A fleet names no known GPU, has an impossible shape, or its file has a mistake."""
 
 
+class OutOfMemoryError(ResourceError):
+    """The run's largest batch does not fit the device; found before its first step."""
+
+
 class OutputError(UsageError):
     """The output folder cannot be written."""
 

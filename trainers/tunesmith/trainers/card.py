@@ -8,13 +8,14 @@ from typing import Any
 
 import yaml
 
-from tunesmith.cluster.artifacts import MaskReceipt, ParityReceipt
+from tunesmith.cluster.artifacts import MaskReceipt, ParityReceipt, PlanReceipt
 from tunesmith.cluster.metrics import read_metrics
 from tunesmith.cluster.recipe.load import recipe_hash, resolved
 from tunesmith.cluster.recipe.schema import Adapter, Lora, Peft, Recipe
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers.base import BaseRef
 from tunesmith.trainers.data.prepare import Prepared
+from tunesmith.trainers.receipts.plan import read_plan_receipt
 
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
 
@@ -129,7 +130,23 @@ def _receipts(folder: Path, parity: ParityReceipt, split: str) -> str:
         f"from the base: {parity.base_difference:.2g} nats"
     )
     unmerged = [f"  - this adapter cannot be merged into its base: {parity.unmerged}"] if parity.unmerged else []
-    return "\n".join([*lines, *unmerged, *(f"  - {problem}" for problem in parity.problems)])
+    problems = [f"  - {problem}" for problem in parity.problems]
+    return "\n".join([*lines, *unmerged, *problems, *_plan(read_plan_receipt(folder / "plan.json"))])
+
+
+def _plan(plan: PlanReceipt | None) -> list[str]:
+    """Most memory that a worker took, and what had been predicted."""
+    if plan is None:
+        return []
+    if not plan.workers:
+        return [f"- plan ({plan.verdict}): {plan.problem}"]
+    worst = max(plan.workers, key=lambda worker: worker.measured_bytes)
+    predicted = "nothing" if worst.predicted_bytes is None else f"{worst.predicted_bytes / 2**30:.3g} GiB"
+    lines = [
+        f"- plan ({plan.verdict}): a worker's tensors took up to {worst.measured_bytes / 2**30:.3g} GiB in the first "
+        f"{plan.steps} optimizer steps, {predicted} was predicted"
+    ]
+    return lines + ([f"  - {plan.problem}"] if plan.problem else [])
 
 
 def _verdict(passed: bool) -> str:

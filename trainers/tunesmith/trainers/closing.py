@@ -12,6 +12,7 @@ from tunesmith.cluster.artifacts import MaskReceipt, ParityReceipt
 from tunesmith.cluster.metrics import read_metrics
 from tunesmith.cluster.recipe.schema import Adapter, Recipe
 from tunesmith.trainers.launch import Result, run_folder
+from tunesmith.trainers.receipts.plan import read_plan_receipt
 
 PASSED = {True: "passed", False: "FAILED"}
 
@@ -26,6 +27,8 @@ class Closing:
     """The same rows, with the weights that are in the artifact."""
     mask_passed: bool
     parity_passed: bool
+    plan: str
+    """How near the predicted memory was to the measured one."""
 
 
 def closing(recipe: Recipe, result: Result) -> Closing:
@@ -35,7 +38,9 @@ def closing(recipe: Recipe, result: Result) -> Closing:
     receipts = Path(result.artifact) / "receipts"
     mask = MaskReceipt.model_validate_json((receipts / "mask.json").read_text(encoding="utf-8"))
     parity = ParityReceipt.model_validate_json((receipts / "parity.json").read_text(encoding="utf-8"))
-    return Closing(before, result.metrics.get("eval_loss"), mask.passed, parity.passed)
+    plan = read_plan_receipt(receipts / "plan.json")
+    verdict = "not compared" if plan is None else plan.verdict
+    return Closing(before, result.metrics.get("eval_loss"), mask.passed, parity.passed, verdict)
 
 
 def summary(recipe: Recipe, result: Result, arguments: list[str]) -> str:
@@ -54,7 +59,7 @@ def summary(recipe: Recipe, result: Result, arguments: list[str]) -> str:
             f"Run {result.run} is finished after {result.steps:,} steps:",
             f"  artifact            {result.artifact}",
             f"  held-out loss       {loss}",
-            f"  receipts            mask {PASSED[found.mask_passed]}, parity {PASSED[found.parity_passed]}",
+            f"  receipts            mask {PASSED[found.mask_passed]}, parity {PASSED[found.parity_passed]}, plan {found.plan}",
             *picture,
             "To load it, in Python:",
             f"  from {library} import {kind}",

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tunesmith.cluster.recipe.schema import Recipe
-from tunesmith.trainers.batch import collate, idle
+from tunesmith.trainers.batch import Batch, collate, idle
 from tunesmith.trainers.data.prepare import Prepared
 from tunesmith.trainers.data.tokens import TokenStore
 from tunesmith.trainers.packing import pack
@@ -37,6 +37,10 @@ class HeldOut:
             return None
         capacity = data.report.max_length * recipe.train.rows
         return HeldOut(data.validation, capacity, recipe.eval.max_rows)
+
+    def longest(self) -> Batch:
+        """The batch with most tokens."""
+        return collate(self.store, [max(self.packs, key=lambda pack: self.store.lengths[list(pack)].sum())], 1.0)
 
     def loss(self, engine: Any, device: torch.device) -> float:
         """Mean negative log-probability of the labels, in nats a token."""

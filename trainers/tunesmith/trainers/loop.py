@@ -33,12 +33,15 @@ from tunesmith.trainers.export import write_artifact
 from tunesmith.trainers.figures import closing_figures, memory_gib
 from tunesmith.trainers.gradients import GradientWatch, norm_before_step
 from tunesmith.trainers.logs import Log, numbers, open_logs, require_installed
+from tunesmith.trainers.memory.measure import StepMeter
+from tunesmith.trainers.memory.probe import probe
 from tunesmith.trainers.models import BaseRef, load_tokenizer
 from tunesmith.trainers.objectives import OBJECTIVES
 from tunesmith.trainers.packing import BatchPlan, StepPlan
 from tunesmith.trainers.policy import score
 from tunesmith.trainers.ranks import gather, on_first
 from tunesmith.trainers.receipts.mask import write_mask_receipt
+from tunesmith.trainers.receipts.plan import write_plan_receipt
 from tunesmith.trainers.schedule import Schedule
 
 Report = Callable[[dict[str, Any]], None]
@@ -143,6 +146,7 @@ class Trainer:
         torch.manual_seed(train.seed)
         self.engine: Any = build_engine(recipe, self.job.base, self.device)
         self.watch = None if self.engine.fp16_enabled() else GradientWatch(self.engine.module)
+        self.meter = StepMeter(self.engine, self.device)
         self.checkpoints = CheckpointStore(
             self.run_folder.checkpoints,
             self.rank,
@@ -181,12 +185,15 @@ class Trainer:
         """Trains to the end, or until it is asked to stop."""
         self.set_up()
         self.resume()
+        if self.device.type == "cuda":
+            self.probe_memory()
         self.open_books()
         if self.progress.step == 0 and self.held_out:
             self.log({"step": 0, "eval_loss": self.held_out_loss(self.held_out)})
         self.engine.train()
         while self.progress.step < self.total_steps and not self.is_out_of_patience():
-            record, must_stop = self.step()
+            with self.meter.step():
+                record, must_stop = self.step()
             is_best = self.evaluate_if_due(record)
             is_last = self.progress.step == self.total_steps or self.is_out_of_patience()
             self.log(record)
@@ -198,6 +205,13 @@ class Trainer:
         if self.use_best and (best := self.checkpoints.best()) is not None:
             self.checkpoints.load(self.engine, best)
         return Outcome(finished=True, step=self.progress.step, metrics=self.finish())
+
+    def probe_memory(self) -> None:
+        """Takes the memory of the run's largest batches, so that what does not fit fails before step one."""
+        packs = self.plan.longest(self.total_steps, self.rows)
+        longest = collate(self.data.train, packs, 1.0).to(self.device)
+        held_out = self.held_out.longest().to(self.device) if self.held_out else None
+        probe(self.engine, lambda batch: self.forward_backward(batch, 0, 0, 1.0), longest, held_out)
 
     def open_books(self) -> None:
         """The mask receipt, and the metrics without the steps that are about to be repeated."""
@@ -214,6 +228,7 @@ class Trainer:
     def finish(self) -> dict[str, float | None]:
         """Writes the artifact and its receipts; returns the run's closing figures."""
         on_first(lambda: self.run_folder.check_fence(self.job.attempt))
+        write_plan_receipt(self.run_folder.receipts, self.recipe, self.job.base, self.meter)
         write_artifact(self.engine, self.recipe, self.job.base, self.run_folder, self.data, self.device)
         self.close_logs()
         return closing_figures(
@@ -244,6 +259,7 @@ class Trainer:
         broken: list[int] = []
         for micro in range(self.accumulation):
             batch = self.micro_batch(plan, micro, max(1.0, labels))
+            self.meter.saw(batch)
             losses, is_finite = self.forward_backward(batch, index, micro, len(batch.input_ids) / tokens)
             totals[:2] += losses
             if not is_finite:

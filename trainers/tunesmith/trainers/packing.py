@@ -198,6 +198,21 @@ class BatchPlan:
         first = within * self.rows_per_step
         return StepPlan(epoch, tuple(self.epoch_packs(epoch)[first : first + self.rows_per_step]))
 
+    def longest(self, total_steps: int, rows: int) -> tuple[Pack, ...]:
+        """The packs of the micro-batch with most tokens in all epochs that these steps touch.
+
+        Args:
+            rows: of a micro-batch.
+        """
+        chosen: tuple[int, tuple[Pack, ...]] = (-1, ())
+        for epoch in range(self.step(total_steps - 1).epoch + 1):
+            packs = self.epoch_packs(epoch)
+            tokens = np.array([self.length_B[list(pack)].sum() for pack in packs])
+            tokens = np.add.reduceat(tokens, np.arange(0, len(tokens), rows))
+            first = int(tokens.argmax())
+            chosen = max(chosen, (int(tokens[first]), tuple(packs[first * rows : (first + 1) * rows])))
+        return chosen[1]
+
     def is_epoch_end(self, index: int) -> bool:
         """Whether step `index` is the last of its epoch."""
         return self.step(index).epoch != self.step(index + 1).epoch

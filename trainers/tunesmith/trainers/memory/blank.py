@@ -93,11 +93,12 @@ def causal_lm(config: dict[str, Any], dtype: torch.dtype, quantization: str | No
 
 def our_policy(recipe: Recipe, config: dict[str, Any], dtype: torch.dtype, on_gpu: bool) -> Callable[[], nn.Module]:
     """Makes the policy of our loop, as `engine.build_engine` does before DeepSpeed gets it."""
+    import peft  # noqa: F401 - not among fake tensors: bitsandbytes, which it loads, would keep its tables as such
+
+    from tunesmith.trainers import attention, models, moe
+    from tunesmith.trainers.policy import Policy
 
     def build() -> nn.Module:
-        from tunesmith.trainers import attention, models, moe
-        from tunesmith.trainers.policy import Policy
-
         model = causal_lm(config, dtype, recipe.model.quantization)
         adapted = models.adapt(model, recipe, base="planned", revision=None, dtype=dtype)
         path = attention.choose(recipe.model.attention, torch.device("cuda" if on_gpu else "cpu"), dtype)

@@ -1,0 +1,58 @@
+"""The plan receipt compares what it can, and says what it cannot."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tunesmith.trainers.memory.measure import StepMeter
+from tunesmith.trainers.memory.simulate import Shape
+from tunesmith.trainers.memory.tracker import Bytes
+from tunesmith.trainers.receipts import plan
+from tunesmith.trainers.receipts.plan import _Seen, compare
+
+SMALL, LARGE = Shape((10,), 9), Shape((20, 20), 30)
+
+
+def _meter() -> StepMeter:
+    meter = StepMeter(SimpleNamespace(), torch.device("cpu"))
+    meter.steps = 2
+    return meter
+
+
+def test_each_worker_is_compared_with_its_own_batch() -> None:
+    seen = [_Seen(Bytes(weights=100), SMALL), _Seen(Bytes(weights=100, buckets=100), LARGE)]
+    receipt = compare(seen, _meter(), lambda shape: Bytes(weights=110 if shape == SMALL else 190))
+    assert [worker.predicted_bytes for worker in receipt.workers] == [110, 190]
+    assert [worker.error for worker in receipt.workers] == pytest.approx([0.1, -0.05])
+    assert receipt.within == pytest.approx(0.1)
+    assert receipt.verdict == "within 10.0%"
+    assert receipt.workers[1].measured == {"weights": 100, "buckets": 100}
+
+
+def test_only_the_largest_shapes_are_simulated() -> None:
+    asked: list[Shape] = []
+
+    def expect(shape: Shape) -> Bytes:
+        asked.append(shape)
+        return Bytes(weights=1)
+
+    seen = [_Seen(Bytes(weights=1), Shape((tokens,), 1)) for tokens in (*range(1, 21), 20)]
+    receipt = compare(seen, _meter(), expect)
+    assert [shape.tokens for shape in asked] == list(range(20, 20 - plan.MOST_SHAPES, -1))
+    assert [worker.predicted_bytes for worker in receipt.workers] == [None] * 12 + [1] * 9
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no meta\n kernel"), AttributeError("layers"), AssertionError("none")])
+def test_what_cannot_be_simulated_is_said(error: Exception) -> None:
+    def expect(_shape: Shape) -> Any:
+        raise error
+
+    receipt = compare([_Seen(Bytes(weights=5), SMALL)], _meter(), expect)
+    assert receipt.within is None
+    assert receipt.verdict == "not compared"
+    assert type(error).__name__ in receipt.problem
+    assert receipt.workers[0].measured_bytes == 5
