@@ -97,7 +97,10 @@ def test_the_plan_receipt_says_what_the_allocator_saw(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_said_before_step_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a GPU's memory a process may take some megabytes only: the model fits, its largest batch does not."""
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "per_process_memory_fraction:0.001")
-    ended = _train(tmp_path, {"train": {"per_device_train_batch_size": 100}, "model": {"hidden_size": 512, "num_hidden_layers": 12}})
+    ended = _train(
+        tmp_path,
+        {"train": {"per_device_train_batch_size": 100}, "model": {"hidden_size": 512, "num_hidden_layers": 12}},
+    )
     assert ended.returncode == 2, ended.stderr
     assert "does not fit" in ended.stderr
     metrics = tmp_path / "runs" / "gpu" / "metrics.jsonl"

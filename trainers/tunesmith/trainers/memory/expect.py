@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from tunesmith.cluster.recipe.schema import Peft, Recipe
 from tunesmith.trainers import zero
 from tunesmith.trainers.memory import blank
-from tunesmith.trainers.memory.shard import Engine, shard
+from tunesmith.trainers.memory.predict import DTYPES, engine_of
+from tunesmith.trainers.memory.shard import shard
 from tunesmith.trainers.memory.simulate import Shape, Simulation, extrapolate, simulate_policy
 from tunesmith.trainers.memory.tracker import Bytes
 from tunesmith.trainers.objectives import OBJECTIVES
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def expected_windows(
@@ -35,7 +32,7 @@ def expected_windows(
     depth, depths = blank.layers_of(config), blank.sample_depths(config, adapter)
 
     def at(layers: int) -> Simulation:
-        build = blank.our_policy(recipe, blank.at_depth(config, layers), _DTYPES[number_format], on_gpu)
+        build = blank.our_policy(recipe, blank.at_depth(config, layers), DTYPES[number_format], on_gpu)
         return simulate_policy(build, OBJECTIVES[recipe.objective.kind], shape, engine.keeping, engine.passes)
 
     return shard(at(depth) if depths is None else extrapolate(at(depths[0]), at(depths[1]), depths, depth), engine)
@@ -45,19 +42,3 @@ def expected_peak(recipe: Recipe, config: dict[str, Any], shape: Shape, workers:
     """Bytes by cause at the worst moment of a step; as `expected_windows`."""
     windows = expected_windows(recipe, config, shape, workers, on_gpu)
     return max(windows.values(), key=lambda parts: parts.total())
-
-
-def engine_of(recipe: Recipe, workers: int, on_gpu: bool) -> Engine:
-    """How the recipe's engine holds weights, gradients and optimizer state."""
-    number_format, cluster = zero.precision(recipe, on_gpu), recipe.cluster
-    return Engine(
-        stage=zero.engine_stage(cluster, number_format),
-        workers=workers,
-        item=4 if number_format == "fp32" else 2,
-        optimizer=recipe.train.optimizer,
-        # offloaded to host memory, which on a CPU is the device's own
-        offload=cluster.offload if on_gpu else "none",
-        persistence_threshold=cluster.zero3_persistence_threshold,
-        overlaps=on_gpu,
-        accumulation=recipe.train.gradient_accumulation_steps,
-    )

@@ -116,7 +116,7 @@ class Planner:
         on_gpu = not self.fleet.gpu.is_cpu
         workers = workers or self.workers(recipe)
         number_format = zero.precision(recipe, on_gpu)
-        engine = _engine(recipe, workers, number_format, on_gpu, self.as_hf)
+        engine = engine_of(recipe, workers, on_gpu, self.as_hf)
         rows = recipe.train.rows
         length = self.length(recipe)
         plain = self.as_hf and workers == 1 and recipe.cluster.zero in ("auto", 0)
@@ -243,7 +243,9 @@ def _unsharded(simulation: Simulation) -> dict[str, Bytes]:
     return {name: parts + weights for name, parts in simulation.windows.items()}
 
 
-def _engine(recipe: Recipe, workers: int, number_format: zero.Precision, on_gpu: bool, as_hf: bool) -> Engine:
+def engine_of(recipe: Recipe, workers: int, on_gpu: bool, as_hf: bool = False) -> Engine:
+    """How the recipe's engine holds weights, gradients and optimizer state."""
+    number_format = zero.precision(recipe, on_gpu)
     cluster = recipe.cluster.model_copy(update={"workers": workers})
     stage = zero.stage(cluster) if as_hf else zero.engine_stage(cluster, number_format)
     assert cluster.offload != "auto", "the place of the optimizer is chosen before it is predicted"
@@ -252,7 +254,7 @@ def _engine(recipe: Recipe, workers: int, number_format: zero.Precision, on_gpu:
         workers=workers,
         item=4 if number_format == "fp32" else 2,
         optimizer=recipe.train.optimizer,
-        offload=cluster.offload if on_gpu else "none",
+        offload=cluster.offload if on_gpu else "none",  # on a CPU, host memory is the device's own
         persistence_threshold=cluster.zero3_persistence_threshold,
         overlaps=on_gpu,
         accumulation=recipe.train.gradient_accumulation_steps,

@@ -68,7 +68,7 @@ def shard(simulation: Simulation, engine: Engine) -> dict[str, Bytes]:
     """Bytes by cause that one worker's device holds at the worst moment of each part of the step, `step` included."""
     held = _held(simulation, engine)
     windows = {name: parts + held + _moving(simulation, engine, name) for name, parts in simulation.windows.items()}
-    if engine.stage < 2 and engine.workers > 1 and (engine.stage == 0 or engine.sums_in_fp32):
+    if engine.workers > 1:
         windows["reduction"] = held + _at_reduction(simulation, engine)
     windows["step"] = held + _at_step(simulation, engine)
     return windows
@@ -120,13 +120,15 @@ def _moving(simulation: Simulation, engine: Engine, window: str) -> Bytes:
     parts: Bytes = Counter()
     is_reducing = window.startswith("reduce") or (window.startswith("backward") and window != "backward head")
     starts_afresh = engine.accumulation == 1
+    is_flushed = simulation.trainable > zero.MOST_BUCKET_ELEMENTS  # else only when backward is over
     if is_reducing and (engine.stage == 2 or (engine.stage == 1 and starts_afresh and not engine.sums_in_fp32)):
         parts[BUCKETS] = _buckets(simulation, engine)
-        is_flushed = simulation.trainable > zero.MOST_BUCKET_ELEMENTS
-        if engine.stage == 2 and starts_afresh and is_flushed and engine.offload == "none":
-            parts[GRADIENTS] = _fp32_shard(simulation, engine)
+        if engine.stage == 2 and is_flushed:
+            parts[BUCKETS] += 4 * zero.MOST_BUCKET_ELEMENTS if engine.item == 2 else 0
+            parts[GRADIENTS] = _fp32_shard(simulation, engine) if starts_afresh and engine.offload == "none" else 0
     if engine.stage == 3:
         parts[GATHERED] = _gathered(simulation, engine, window)
+        parts[BUCKETS] = engine.item * zero.MOST_BUCKET_ELEMENTS if is_reducing and is_flushed else 0
     return parts
 
 
@@ -154,12 +156,31 @@ def _gathered(simulation: Simulation, engine: Engine, window: str) -> int:
 
 
 def _at_reduction(simulation: Simulation, engine: Engine) -> Bytes:
-    """Gradients that are summed over workers after backward, half a billion at a time: flattened, and in 16 bits besides."""
-    at_once = min(simulation.trainable, DEEPSPEED_REDUCES_ELEMENTS)
+    """What is there when the last gradients are summed over the workers, and no activations any more.
+
+    Without ZeRO-2 or 3 whole gradients are flattened, unless they lie flat already, and the bf16 optimizer sends a 16-bit
+    copy of them. ZeRO-2 sums its 16-bit bucket in fp32; ZeRO-3 lays the bucket's shards out one after the other.
+    """
+    trainable, item = simulation.trainable, engine.item
+    groups = {kind.is_matrix for kind in simulation.parameters if kind.is_trainable}
+    largest = max((kind.elements for kind in simulation.parameters if kind.is_trainable), default=0)
+    bucket = zero.bucket_elements(trainable)
+    at_once = min(trainable, DEEPSPEED_REDUCES_ELEMENTS)
+    if engine.sums_in_fp32:
+        return Counter({GRADIENTS: item * trainable, BUCKETS: at_once * (6 if len(groups) > 1 else 2)})
+    if engine.stage == 0:
+        return Counter({GRADIENTS: item * trainable, BUCKETS: 4 * at_once})
+    if engine.stage == 1:
+        own = 0 if engine.accumulation > 1 else _buckets(simulation, engine)
+        return Counter({GRADIENTS: item * trainable, BUCKETS: own})
+    if engine.stage == 2:
+        copy = 4 * bucket if item == 2 else 0
+        return Counter({BUCKETS: _buckets(simulation, engine) + copy, GRADIENTS: 2 * item * largest})
     return Counter(
         {
-            GRADIENTS: engine.item * simulation.trainable,
-            BUCKETS: at_once * (6 if engine.sums_in_fp32 else 4),
+            GATHERED: _gathered(simulation, engine, "backward first layer"),
+            BUCKETS: item * bucket,
+            GRADIENTS: item * largest,
         }
     )
 

@@ -61,6 +61,8 @@ class ParameterKind(NamedTuple):
     is_trainable: bool
     is_added: bool
     """Whether an adapter has brought it."""
+    is_matrix: bool
+    """Whether it has two dimensions or more: weight decay, and so a group of its own, is for these."""
     role: str
     """`embedding` or `head` for one that nothing else uses, `expert`, else `body`."""
 
@@ -318,7 +320,8 @@ def _kind(name: str, parameter: Tensor, role: str) -> ParameterKind:
     is_packed = getattr(parameter, "quant_state", None) is not None
     size = parameter.element_size()
     numbers = parameter.numel() * size * 2 if is_packed else parameter.numel()
-    return ParameterKind(parameter.numel(), numbers, size, parameter.requires_grad, _is_added(name), role)
+    is_matrix = parameter.ndim >= 2
+    return ParameterKind(parameter.numel(), numbers, size, parameter.requires_grad, _is_added(name), is_matrix, role)
 
 
 def _roles(model: Any) -> dict[int, str]:
