@@ -258,6 +258,7 @@ def engine_of(recipe: Recipe, workers: int, on_gpu: bool, as_hf: bool = False) -
         persistence_threshold=cluster.zero3_persistence_threshold,
         overlaps=on_gpu,
         accumulation=recipe.train.gradient_accumulation_steps,
+        recomputes=bool(recipe.train.gradient_checkpointing),
     )
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tunesmith.trainers import zero
-from tunesmith.trainers.memory.simulate import GRADIENTS, OPTIMIZER, WEIGHTS, Keeping, Simulation
-from tunesmith.trainers.memory.tracker import Bytes
+from tunesmith.trainers.memory.simulate import AFTER, GRADIENTS, OPTIMIZER, WEIGHTS, Keeping, Simulation
+from tunesmith.trainers.memory.tracker import ACTIVATIONS, Bytes
 
 ADAPTER, GATHERED, BUCKETS = "adapter", "gathered window", "buckets"
 
@@ -37,6 +37,7 @@ class Engine:
         persistence_threshold: under ZeRO-3, smaller parameters stay whole.
         overlaps: whether gradients are reduced while others are made, with a second bucket (on GPUs).
         accumulation: micro-batches of a step.
+        recomputes: whether the backward pass repeats the forward one (gradient checkpointing).
     """
 
     stage: int
@@ -47,6 +48,7 @@ class Engine:
     persistence_threshold: int = 100_000
     overlaps: bool = True
     accumulation: int = 1
+    recomputes: bool = False
 
     @property
     def keeping(self) -> Keeping:
@@ -68,8 +70,9 @@ def shard(simulation: Simulation, engine: Engine) -> dict[str, Bytes]:
     """Bytes by cause that one worker's device holds at the worst moment of each part of the step, `step` included."""
     held = _held(simulation, engine)
     windows = {name: parts + held + _moving(simulation, engine, name) for name, parts in simulation.windows.items()}
+    left = Counter({cause: size for cause, size in windows.pop(AFTER, Counter()).items() if cause == ACTIVATIONS})
     if engine.workers > 1:
-        windows["reduction"] = held + _at_reduction(simulation, engine)
+        windows["reduction"] = held + left + _at_reduction(simulation, engine)
     windows["step"] = held + _at_step(simulation, engine)
     return windows
 
@@ -124,7 +127,7 @@ def _moving(simulation: Simulation, engine: Engine, window: str) -> Bytes:
     if is_reducing and (engine.stage == 2 or (engine.stage == 1 and starts_afresh and not engine.sums_in_fp32)):
         parts[BUCKETS] = _buckets(simulation, engine)
         if engine.stage == 2 and is_flushed:
-            parts[BUCKETS] += 4 * zero.MOST_BUCKET_ELEMENTS if engine.item == 2 else 0
+            parts[BUCKETS] += 4 * zero.MOST_BUCKET_ELEMENTS
             parts[GRADIENTS] = _fp32_shard(simulation, engine) if starts_afresh and engine.offload == "none" else 0
     if engine.stage == 3:
         parts[GATHERED] = _gathered(simulation, engine, window)
@@ -135,7 +138,7 @@ def _moving(simulation: Simulation, engine: Engine, window: str) -> Bytes:
 def _gathered(simulation: Simulation, engine: Engine, window: str) -> int:
     """Bytes of weights that ZeRO-3 has gathered: those that are used again soon, and the message that is under way.
 
-    A frozen embedding is used once, and a frozen head not in the backward pass. The last message of the forward pass is
+    A frozen embedding is used once, unless layers are computed again, and a frozen head not in the backward pass. The last message of the forward pass is
     used up when the head has its weight.
     """
 
@@ -147,7 +150,8 @@ def _gathered(simulation: Simulation, engine: Engine, window: str) -> int:
     sharded = simulation.bytes(lambda kind: kind.elements > engine.persistence_threshold)
     item = sharded / (simulation.elements(lambda kind: kind.elements > engine.persistence_threshold) or 1)
     is_forward = window.startswith("forward")
-    used = sharded - (bytes_of("embedding") if is_forward else bytes_of("embedding", "head"))
+    once = 0 if engine.recomputes or window == "forward embedding" else bytes_of("embedding")
+    used = sharded - once - (0 if is_forward else bytes_of("head"))
     live = min(used, round((zero.MOST_LIVE_ELEMENTS + simulation.largest) * item))
     everything_stays = sharded <= zero.MOST_LIVE_ELEMENTS * item
     if everything_stays and (not is_forward or window == "forward logits"):
@@ -159,7 +163,8 @@ def _at_reduction(simulation: Simulation, engine: Engine) -> Bytes:
     """What is there when the last gradients are summed over the workers, and no activations any more.
 
     Without ZeRO-2 or 3 whole gradients are flattened, unless they lie flat already, and the bf16 optimizer sends a 16-bit
-    copy of them. ZeRO-2 sums its 16-bit bucket in fp32; ZeRO-3 lays the bucket's shards out one after the other.
+    copy of them. ZeRO-2 sums a copy of its bucket in fp32; ZeRO-3 lays the bucket's shards out one after the other. The last
+    gradient is still there.
     """
     trainable, item = simulation.trainable, engine.item
     groups = {kind.is_matrix for kind in simulation.parameters if kind.is_trainable}
@@ -174,15 +179,13 @@ def _at_reduction(simulation: Simulation, engine: Engine) -> Bytes:
         own = 0 if engine.accumulation > 1 else _buckets(simulation, engine)
         return Counter({GRADIENTS: item * trainable, BUCKETS: own})
     if engine.stage == 2:
-        copy = 4 * bucket if item == 2 else 0
-        return Counter({BUCKETS: _buckets(simulation, engine) + copy, GRADIENTS: 2 * item * largest})
-    return Counter(
-        {
-            GATHERED: _gathered(simulation, engine, "backward first layer"),
-            BUCKETS: item * bucket,
-            GRADIENTS: item * largest,
-        }
-    )
+        if item == 4:
+            return Counter({BUCKETS: _buckets(simulation, engine) + 4 * bucket})
+        # the sum of the first micro-batch needs most: the shard that keeps it is made afterwards
+        kept = _fp32_shard(simulation, engine) if engine.accumulation > 1 and engine.offload == "none" else 0
+        return Counter({BUCKETS: _buckets(simulation, engine) + 4 * bucket - kept + 2 * item * largest})
+    gathered = _gathered(simulation, engine, "backward first layer")
+    return Counter({GATHERED: gathered, BUCKETS: item * (bucket + largest)})
 
 
 def _at_step(simulation: Simulation, engine: Engine) -> Bytes:

@@ -25,6 +25,8 @@ Keeping = Literal["kept", "freed"]
 """What the engine does with a gradient that backward has made: keeps it, or moves it to a buffer at once."""
 
 WEIGHTS, GRADIENTS, OPTIMIZER, LOGITS = "weights", "gradients", "optimizer state", "logits"
+AFTER = "after backward"
+"""The window in which the loss is still there and activations are not."""
 
 
 @dataclass(frozen=True)
@@ -168,10 +170,10 @@ def simulate_policy(
             logps, aux_loss = score(policy, batch)
             total, _metrics = loss(logps, batch)
             total = total if aux_loss is None else total + aux_loss
-            del logps, aux_loss, _metrics
             windows.backward()
             total.backward()
-            del total
+            tracker.enter_window(AFTER)
+            del logps, aux_loss, _metrics, total  # not before: the loop holds them too
         return _result(policy, tracker)
 
 
