@@ -15,6 +15,7 @@ from tunesmith.trainers import head, zero
 from tunesmith.trainers.memory import blank
 from tunesmith.trainers.memory.geometry import Geometry
 from tunesmith.trainers.memory.overhead import overhead
+from tunesmith.trainers.memory.remembered import recall, remember
 from tunesmith.trainers.memory.roofline import StepTime, Work, step_time
 from tunesmith.trainers.memory.shard import ADAPTER, GATHERED, Engine, shard
 from tunesmith.trainers.memory.simulate import (
@@ -164,12 +165,12 @@ class Planner:
             recipe.adaptation.model_dump_json(), recipe.objective.kind, model.quantization, model.attention,
             train.gradient_checkpointing, dtype, rows, length, keeping, passes,
         )  # fmt: skip
-        if key not in self._simulations:
-            if not isinstance(recipe.adaptation, Full):
-                import peft  # noqa: F401  # before fake tensors, which have stand-ins for parts of both
-            config = dict(self.model.config)
-            adapter = recipe.adaptation.config if isinstance(recipe.adaptation, Peft) else None
-            depth, depths = blank.layers_of(config), blank.sample_depths(config, adapter)
+        if key in self._simulations:
+            return self._simulations[key]
+        config = dict(self.model.config)
+        settings = [[str(part) for part in key], engine is None, self.as_hf, on_gpu, config]
+        found = recall(settings)
+        if found is None:
 
             def at(layers: int, labels: int) -> Simulation:
                 shaped = blank.at_depth(config, layers)
@@ -177,9 +178,15 @@ class Planner:
                     return _of_hf(recipe, shaped, dtype, rows, length, keeping, engine)
                 return _of_ours(recipe, shaped, dtype, Shape((length,) * rows, labels), engine, on_gpu)
 
-            of_labels = (type(recipe.adaptation), *key[1:4], *key[5:])
-            self._simulations[key] = self._any_size(at, depth, depths, Shape.full(rows, length).labels, of_labels)
-        return self._simulations[key]
+            if not isinstance(recipe.adaptation, Full):
+                import peft  # noqa: F401  # before fake tensors, which have stand-ins for parts of it
+            adapter = recipe.adaptation.config if isinstance(recipe.adaptation, Peft) else None
+            depths, of_labels = blank.sample_depths(config, adapter), (type(recipe.adaptation), *key[1:4], *key[5:])
+            labels = Shape.full(rows, length).labels
+            found = self._any_size(at, blank.layers_of(config), depths, labels, of_labels)
+            remember(settings, found)
+        self._simulations[key] = found
+        return found
 
     def _any_size(
         self,
