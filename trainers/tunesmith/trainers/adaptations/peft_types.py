@@ -142,7 +142,7 @@ def refuse(spec: Peft, zero_stage: int = 0, quantization: str | None = None) -> 
     if kind.untrainable:
         raise ModelError(
             f"{where}: {name} can be planned but not trained: {kind.untrainable}",
-            f"Types that train: {_names(lambda other: not other.untrainable)}.",
+            f"Types that train: {_names(lambda other: not other.untrainable)}. `tunesmith plan --as hf` plans the others.",
         )
     if name == "LORA":
         _refuse_lora_settings(spec.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,7 +34,18 @@ def layers_of(config: dict[str, Any]) -> int:
     for key in ("num_hidden_layers", "n_layer", "num_layers"):
         if isinstance(config.get(key), int):
             return config[key]
-    raise ModelError(f"model.base: its config names no number of layers (model_type {config.get('model_type')})")
+    raise _unbuildable(config, "its config names no number of layers")
+
+
+def vocabulary_of(config: Mapping[str, Any]) -> int:
+    """Width of the logits: what the config says, or its kind's usual one.
+
+    Raises:
+        ModelError: no model can be built from it.
+    """
+    if isinstance(config.get("vocab_size"), int):
+        return config["vocab_size"]
+    return int(_about(config).vocab_size)
 
 
 def sample_depths(config: dict[str, Any], adapter: dict[str, Any] | None) -> tuple[int, int] | None:
@@ -73,22 +84,47 @@ def causal_lm(config: dict[str, Any], dtype: torch.dtype, quantization: str | No
     Raises:
         ModelError: Transformers does not know the architecture.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    about = _about(config)
     try:
-        about = AutoConfig.for_model(**config)
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(about, dtype=dtype)
         model.tie_weights()
-    except (ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model.base: no model can be built from its config: {reason}") from error
+    except (ValueError, KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise _unbuildable(config, " ".join(str(error).split())[:300]) from error
     if quantization is not None:
         from tunesmith.trainers.memory.quantized import quantize
 
         quantize(model, quantization, dtype)
     return model
+
+
+def _about(config: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**config)
+    except Exception as error:  # configs check themselves, with exceptions of many kinds
+        raise _unbuildable(config, " ".join(str(error).split())[:300]) from error
+
+
+def _unbuildable(config: Mapping[str, Any], reason: str) -> ModelError:
+    """The error for a config that no model can be built from; of an unknown kind of model, with the nearest names."""
+    import difflib
+
+    from transformers import CONFIG_MAPPING
+
+    kind = str(config.get("model_type"))
+    kinds = list(CONFIG_MAPPING.keys())
+    if kind in kinds:
+        return ModelError(f"model.base: no model can be built from its config: {reason}")
+    near = " or ".join(difflib.get_close_matches(kind, kinds, 3))
+    return ModelError(
+        f"model.base: its config's model_type {kind!r} is none that Transformers knows",
+        f"Nearest: {near}." if near else "",
+    )
 
 
 def our_policy(recipe: Recipe, config: dict[str, Any], dtype: torch.dtype, on_gpu: bool) -> Callable[[], nn.Module]:

@@ -18,6 +18,7 @@ MOST_TIMES_MORE = 64
 """How many times as many GPUs are tried."""
 CHECKPOINTING: dict[str, Any] = {"train.gradient_checkpointing": True}
 SHARDED: dict[str, Any] = {"cluster.zero": 3}
+WHOLE: dict[str, Any] = {"cluster.zero": 0}
 LORA: dict[str, Any] = {"adaptation": {"kind": "lora"}}
 QLORA: dict[str, Any] = {**LORA, "model.quantization": "nf4"}
 
@@ -158,19 +159,22 @@ def alternatives(planner: Planner, choice: Choice) -> list[Alternative]:
 def _ladders(planner: Planner, recipe: Recipe) -> Iterator[list[dict[str, Any]]]:
     """Kinds of change; of each the smallest that fits counts."""
     cluster, train = recipe.cluster, recipe.train
-    several = planner.workers(recipe) > 1 and cluster.zero != 3
-    sharded = SHARDED if several else {}
+    workers = planner.workers(recipe)
+    several = workers > 1 and cluster.zero != 3
+    # on one worker sharding shares with nobody, and its buffers are for nothing
+    idle = workers == 1 and cluster.zero in (2, 3) and cluster.offload == "none"
+    sharded = SHARDED if several else WHOLE if idle else {}
     checkpointing = CHECKPOINTING if not train.gradient_checkpointing else {}
     rows = train.per_device_train_batch_size
-    if several:
-        yield [SHARDED]
+    if sharded:
+        yield [sharded]
     if checkpointing:
-        yield [checkpointing, *([{**checkpointing, **sharded}] if several else [])]
+        yield [checkpointing, *([{**checkpointing, **sharded}] if sharded else [])]
     if isinstance(rows, int) and rows > 1:
         halves = [{"train.per_device_train_batch_size": rows >> power} for power in range(1, rows.bit_length())]
         yield [*halves, {**halves[-1], **checkpointing, **sharded}]
     if not planner.fleet.gpu.is_cpu and cluster.offload == "none" and train.optimizer == "adamw":
-        stage = {"cluster.zero": 3 if planner.workers(recipe) > 1 else 2}
+        stage = {"cluster.zero": 3 if workers > 1 else 2}
         yield [{**stage, "cluster.offload": "cpu"}, {**stage, "cluster.offload": "cpu", **checkpointing}]
     if isinstance(recipe.adaptation, Full):
         yield [LORA, {**LORA, **checkpointing}, {**LORA, **checkpointing, **sharded}]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ATTENTION = "tunesmith_planned"
@@ -18,10 +18,14 @@ ATTENTION = "tunesmith_planned"
 @contextmanager
 def pretending() -> Iterator[None]:
     """Within it models and adapters can be built and run on fake tensors; enter it inside a `FakeTensorMode`."""
-    replaced = [(nn.Module, "_apply", _apply), (torch, "block_diag", _block_diagonal)]
+    replaced: list[tuple[Any, str, Any]] = [
+        (nn.Module, "_apply", _apply),
+        (torch, "block_diag", _block_diagonal),
+        (FakeTensorMode, "__deepcopy__", _itself),
+    ]
     if (boft := sys.modules.get("peft.tuners.boft.layer")) is not None:
         replaced.append((boft.BOFTLayer, "perm2mat", _permutation_matrix))
-    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    saved = [(owner, name, getattr(owner, name, None)) for owner, name, _ in replaced]
     for owner, name, stand_in in replaced:
         setattr(owner, name, stand_in)
     code_tables = _code_tables()
@@ -31,7 +35,10 @@ def pretending() -> Iterator[None]:
             yield
     finally:
         for owner, name, original in saved:
-            setattr(owner, name, original)
+            if original is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
         code_tables.clear()  # a fake one must not be found by a real model
         code_tables.update(before)
 
@@ -40,6 +47,11 @@ def _code_tables() -> dict[str, Any]:
     """Tensors that bitsandbytes makes once and keeps."""
     functional: Any = sys.modules.get("bitsandbytes.functional")
     return {} if functional is None else functional.name2qmap
+
+
+def _itself(mode: FakeTensorMode, _memo: dict[int, Any]) -> FakeTensorMode:
+    """A copy of a fake tensor (LN tuning copies layers) lives in the same mode."""
+    return mode
 
 
 class _AnyValue(TorchDispatchMode):

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from tunesmith.cluster.errors import DataError, ResourceError
 from tunesmith.cluster.fleet import GIB, Fleet
 from tunesmith.cluster.recipe.schema import Full, Peft, Recipe
 from tunesmith.trainers import head, zero
+from tunesmith.trainers.base import context_length
 from tunesmith.trainers.memory import blank
 from tunesmith.trainers.memory.geometry import Geometry
 from tunesmith.trainers.memory.overhead import overhead
@@ -33,6 +35,7 @@ from tunesmith.trainers.memory.simulate import (
 )
 from tunesmith.trainers.memory.tracker import ACTIVATIONS, Bytes
 
+MOST_TOKENS = 2**31 - 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -120,6 +123,12 @@ class Planner:
         engine = engine_of(recipe, workers, on_gpu, self.as_hf)
         rows = recipe.train.rows
         length = self.length(recipe)
+        if rows * length > MOST_TOKENS:
+            raise ResourceError(
+                f"{rows:,} rows of {length:,} tokens are {rows * length:,} at a time, more than the {MOST_TOKENS:,} that "
+                "any kernel can count",
+                "Lower train.per_device_train_batch_size.",
+            )
         plain = self.as_hf and workers == 1 and recipe.cluster.zero in ("auto", 0)
         simulation = self._simulate(recipe, DTYPES[number_format], rows, length, None if plain else engine, on_gpu)
         windows = _unsharded(simulation) if plain else shard(simulation, engine)
@@ -152,9 +161,13 @@ class Planner:
         """Tokens of a full row."""
         if self.max_length is not None:
             return self.max_length
-        context = self.model.config.get("max_position_embeddings")
-        written = "max_length" in recipe.data.model_fields_set
-        return recipe.data.max_length if written or not context else min(recipe.data.max_length, int(context))
+        context, asked = context_length(dict(self.model.config)), recipe.data.max_length
+        if context is None or asked <= context:
+            return asked
+        if "max_length" in recipe.data.model_fields_set:
+            what = f"data.max_length: {asked:,} is more than the {context:,} tokens that {self.model.name} can take"
+            raise DataError(what, f"Set it to {context} or less.")
+        return context
 
     def _simulate(
         self, recipe: Recipe, dtype: torch.dtype, rows: int, length: int, engine: Engine | None, on_gpu: bool
@@ -176,7 +189,8 @@ class Planner:
                 shaped = blank.at_depth(config, layers)
                 if self.as_hf:
                     return _of_hf(recipe, shaped, dtype, rows, length, keeping, engine)
-                return _of_ours(recipe, shaped, dtype, Shape((length,) * rows, labels), engine, on_gpu)
+                shape = Shape(Shape.full(rows, length).lengths, labels)
+                return _of_ours(recipe, shaped, dtype, shape, engine, on_gpu)
 
             if not isinstance(recipe.adaptation, Full):
                 import peft  # noqa: F401  # before fake tensors, which have stand-ins for parts of it
@@ -216,7 +230,7 @@ class Planner:
 
 def _chunk(config: Mapping[str, Any], labels: int) -> int:
     """Labels that the head scores at once."""
-    return head.chunk_size(labels, int(config["vocab_size"]))
+    return head.chunk_size(labels, blank.vocabulary_of(config))
 
 
 def _of_ours(
@@ -227,7 +241,7 @@ def _of_ours(
     assert engine is not None, "our loop always runs on DeepSpeed"
     build = blank.our_policy(recipe, config, dtype, on_gpu)
     loss = OBJECTIVES[recipe.objective.kind]
-    return simulate_policy(build, loss, shape, engine.keeping, engine.passes, int(config["vocab_size"]))
+    return simulate_policy(build, loss, shape, engine.keeping, engine.passes, blank.vocabulary_of(config))
 
 
 def _of_hf(
@@ -240,7 +254,7 @@ def _of_hf(
     engine: Engine | None,
 ) -> Simulation:
     build = blank.hf_model(recipe, config, dtype, adapter_fp32=engine is None)
-    return simulate_hf(build, rows, length, keeping, int(config["vocab_size"]))
+    return simulate_hf(build, rows, length, keeping, blank.vocabulary_of(config))
 
 
 def _unsharded(simulation: Simulation) -> dict[str, Bytes]:

@@ -37,6 +37,8 @@ def show(plan: Plan, console: Console, explain: bool = False) -> None:
     parts += [Text(), _time(plan)]
     if plan.alternatives:
         parts += [Text(), _alternatives(plan)]
+    elif not plan.prediction.fits:
+        parts += [Text(), Text("No change of stage, offload, checkpointing, rows, adaptation or number of GPUs fits.")]
     if explain:
         from tunesmith.trainers.memory.explain import explanation
 
@@ -56,14 +58,22 @@ def _title(plan: Plan) -> Text:
         (plan.fleet.name, "bold"),
         f"  {prediction.workers} × {plan.fleet.gpu.name}, {gib(prediction.capacity):.1f} GiB each; "
         f"rows of {plan.length:,} tokens, {plan.recipe.train.per_device_train_batch_size} at a time"
-        f"{_sharding(plan)}",
+        f"{_sharding(plan)}{_other_workers(plan)}",
     )
+
+
+def _other_workers(plan: Plan) -> str:
+    """That the fleet has another number of workers than the recipe says."""
+    written = plan.recipe.cluster.workers
+    if written == plan.prediction.workers or "workers" not in plan.recipe.cluster.model_fields_set:
+        return ""
+    return f"\n(the recipe says cluster.workers: {written}; a plan uses the whole fleet)"
 
 
 def _sharding(plan: Plan) -> str:
     engine = plan.prediction.engine
     checkpointing = ", gradient checkpointing" if plan.recipe.train.gradient_checkpointing else ""
-    if engine is None or (engine.workers == 1 and engine.offload == "none"):
+    if engine is None or (engine.workers == 1 and engine.stage < 2):
         return checkpointing
     offload = f", offload to {engine.offload}" if engine.offload != "none" else ""
     return f", ZeRO-{engine.stage}{offload}{checkpointing}"

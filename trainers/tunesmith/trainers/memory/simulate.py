@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tunesmith.cluster.errors import ModelError
 from tunesmith.trainers.batch import Batch, Forest
 from tunesmith.trainers.memory.fakes import pretending
 from tunesmith.trainers.memory.tracker import ACTIVATIONS, Bytes, MemoryTracker
@@ -27,6 +28,10 @@ Keeping = Literal["kept", "freed"]
 WEIGHTS, GRADIENTS, OPTIMIZER, LOGITS = "weights", "gradients", "optimizer state", "logits"
 AFTER = "after backward"
 """The window in which the loss is still there and activations are not."""
+
+
+MOST_SEGMENTS = 32
+"""Of a simulated micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,14 @@ class Shape:
 
     @staticmethod
     def full(rows: int, length: int) -> Shape:
-        """The largest micro-batch there can be: every row full, every token but the first of a row a label."""
-        return Shape((length,) * rows, rows * (length - 1))
+        """The largest micro-batch there can be: every row full, every token but the first of a row a label.
+
+        Of very many rows some lie together in one segment: they take the same memory, and a loop over segments less time.
+        """
+        together = -(-rows // MOST_SEGMENTS)
+        lengths = (length * together,) * (rows // together)
+        rest = (length * (rows % together),) if rows % together else ()
+        return Shape(lengths + rest, rows * (length - 1))
 
 
 class ParameterKind(NamedTuple):
@@ -267,7 +278,9 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The model's layers: its longest list of modules with parameters, experts aside."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     named = [module for module in lists if hasattr(module[0], "self_attn") or hasattr(module[0], "attn")]
-    assert named, f"{type(model).__name__} has no list of layers with attention"
+    if not named:
+        kind = type(_causal_lm(model)).__name__
+        raise ModelError(f"model.base: {kind} has no list of layers with attention", "Choose a causal language model.")
     return max(named, key=len)
 
 
