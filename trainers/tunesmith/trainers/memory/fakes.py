@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ def pretending() -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = [
         (nn.Module, "_apply", _apply),
         (torch, "block_diag", _block_diagonal),
+        (torch, "sparse_coo_tensor", _sparse),
         (FakeTensorMode, "__deepcopy__", _itself),
     ]
     if (boft := sys.modules.get("peft.tuners.boft.layer")) is not None:
@@ -55,28 +56,50 @@ def _itself(mode: FakeTensorMode, _memo: dict[int, Any]) -> FakeTensorMode:
 
 
 class _AnyValue(TorchDispatchMode):
-    """Answers `.item()`, which fake tensors refuse: yes, 0 or 0.5.
+    """Answers what fake tensors refuse because it depends on numbers: `.item()` and `nonzero`.
 
-    Adapters ask for values while they initialise (permutations, masks), and models whether all positions follow each
-    other, in which case they leave out a mask. No size depends on the answer.
+    Adapters ask while they initialise (permutations, masks) and check themselves, and models ask whether all positions
+    follow each other, in which case they leave out a mask. All is true, nothing exceptional is anywhere, a number is 0 or
+    0.5. A mask has as many ones as were scattered into it (SHiRA), and is full otherwise.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._scattered: dict[int, int] = {}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
-        if function is torch.ops.aten._grouped_mm.default and arguments[0].dtype == torch.float32:
-            return _grouped_mm_of_fp32(function, arguments, options or {})
+        aten = torch.ops.aten
+        if function is aten.nonzero.default:
+            return self._places(arguments[0])
+        if function is aten.index.Tensor:
+            arguments = (arguments[0], self._without_masks(arguments[1]), *arguments[2:])
+        if function in (aten.scatter_.src, aten.scatter_.value, aten.scatter.src, aten.scatter.value):
+            self._scattered[arguments[0].numel()] = arguments[2].numel()
         try:
-            return function(*arguments, **(options or {}))
+            result = function(*arguments, **(options or {}))
         except DataDependentOutputException:
-            asked = arguments[0].dtype
-            return True if asked == torch.bool else 0.5 if asked.is_floating_point else 0
+            asked = arguments[0]
+            if asked.dtype == torch.bool:
+                return not hasattr(asked, "is_of_exceptions")
+            return 0.5 if asked.dtype.is_floating_point else 0
+        if function in (aten.any.default, aten.any.dim, aten.any.dims):
+            result.is_of_exceptions = True
+        return result
 
+    def _places(self, mask: Tensor) -> Tensor:
+        """Indices [N, dimensions] of the mask's ones."""
+        count = self._scattered.get(mask.numel(), mask.numel())
+        return mask.new_empty(count, mask.ndim, dtype=torch.int64)
 
-def _grouped_mm_of_fp32(function: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """The product of routed experts, which real CPU tensors compute in fp32 and fake ones refuse in all but bf16."""
-    narrow = [part.bfloat16() if isinstance(part, Tensor) and part.is_floating_point() else part for part in arguments]
-    return function(*narrow, **options).float()
+    def _without_masks(self, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Boolean masks as the indices that they stand for."""
+        plain: list[Tensor | None] = []
+        for index in indices:
+            is_mask = index is not None and index.dtype == torch.bool
+            plain += self._places(index).unbind(1) if is_mask and index is not None else (index,)
+        return plain
 
 
 def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -104,6 +127,23 @@ def _block_diagonal(*blocks: Tensor) -> Tensor:
     """`torch.block_diag` of equal blocks in one operation: of thousands of blocks (BOFT) it would take a minute."""
     result: Tensor = _BlockDiagonal.apply(*blocks)  # pyright: ignore[reportAssignmentType]
     return result
+
+
+def _sparse(_indices: Tensor, values: Tensor, size: Any, **_: Any) -> Tensor:
+    """`torch.sparse_coo_tensor` (SHiRA) as a dense tensor without memory; sparse fake ones have no gradient."""
+    result: Tensor = _Sparse.apply(values, tuple(size))  # pyright: ignore[reportAssignmentType]
+    return result
+
+
+class _Sparse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, size: tuple[int, ...]) -> Tensor:
+        ctx.like = values.shape
+        return values.new_zeros(1).expand(size)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_outputs[0].new_zeros(ctx.like), None
 
 
 class _BlockDiagonal(torch.autograd.Function):
