@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -292,7 +293,11 @@ def test_a_stopped_run_refuses_another_recipe_other_data_and_another_base(
     assert f"data file {here / 'rows.jsonl'}: sha256" in said
     assert f"base model {here / 'base'}: sha256" in said
     code, said = train(with_changes(good, {"cluster.zero": 3}, here), "--allow-change")
-    assert (code, "which --allow-change cannot change" in said, "cluster.zero: auto → 3" in said) == (2, True, True)
+    assert (
+        code,
+        "which --allow-change cannot change" in said,
+        re.search(r"cluster\.zero: \d → 3", said) is not None,
+    ) == (2, True, True)
     assert run.has_checkpoint(), "a refused command must not touch the run"
 
 
