@@ -74,6 +74,7 @@ def advised(*arguments: str | Path, cwd: Path) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.matrix
 def test_close_and_far_data_are_told_apart_and_advised_apart(base: Path, tmp_path: Path) -> None:
     letters = random.Random(0)
     far_texts = ["".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=900)) for _ in range(2600)]
@@ -94,6 +95,7 @@ def test_close_and_far_data_are_told_apart_and_advised_apart(base: Path, tmp_pat
         assert json.loads(checked.stdout)["workers"] == 1
 
 
+@pytest.mark.matrix
 def test_a_minimal_recipe_keeps_what_it_says_and_gets_what_it_lacks(base: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"{n} plus 1?", "completion": f" {n + 1}"} for n in range(60)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -162,6 +162,7 @@ def _train_probed_and_not(folder: Path, precision: str, accumulation: int) -> No
             kind(trainer_here(folder, written).job, lambda _record: None).run()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("precision", "accumulation"), [("fp32", 1), pytest.param("bf16", 2, marks=pytest.mark.matrix)]
 )

@@ -152,6 +152,7 @@ def _train_variants(folder: Path) -> None:
             train_here(folder, written)
 
 
+@pytest.mark.matrix
 @pytest.mark.timeout(300)
 def test_variants_of_lora_agree_between_stages(folder: Path) -> None:
     run_workers(2, _train_variants, folder)
