@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -86,6 +87,8 @@ def plan(
     if work_as not in ("tunesmith", "hf"):
         raise UsageError(f"--as {work_as}: there are tunesmith and hf")
     where = parse_fleet(fleet, load_fleets(fleets), loaded.cluster.workers)
+    # bitsandbytes compiles functions when it is imported, which loads a compiler for a second; a plan runs none of them
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from tunesmith.trainers.memory.geometry import geometry
     from tunesmith.trainers.memory.plan import make_plan
 

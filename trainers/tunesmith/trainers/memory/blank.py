@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.cluster.errors import ModelError
-from tunesmith.cluster.recipe.schema import Recipe
+from tunesmith.cluster.recipe.schema import Full, Recipe
 
 HF_ATTENTION = "tunesmith_planned"
 _UNEVEN_KEYS = ("mlp_only_layers", "first_k_dense_replace", "moe_layers", "no_rope_layers")
@@ -129,7 +129,8 @@ def _unbuildable(config: Mapping[str, Any], reason: str) -> ModelError:
 
 def our_policy(recipe: Recipe, config: dict[str, Any], dtype: torch.dtype, on_gpu: bool) -> Callable[[], nn.Module]:
     """Makes the policy of our loop, as `engine.build_engine` does before DeepSpeed gets it."""
-    import peft  # noqa: F401 - not among fake tensors: bitsandbytes, which it loads, would keep its tables as such
+    if not isinstance(recipe.adaptation, Full):
+        import peft  # noqa: F401  # not among fake tensors: bitsandbytes, which it loads, would keep its tables as such
 
     from tunesmith.trainers import attention, models, moe
     from tunesmith.trainers.policy import Policy
