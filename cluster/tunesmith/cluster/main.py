@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Annotated
@@ -87,6 +88,7 @@ def plan(
     if work_as not in ("tunesmith", "hf"):
         raise UsageError(f"--as {work_as}: there are tunesmith and hf")
     where = parse_fleet(fleet, load_fleets(fleets), loaded.cluster.workers)
+    gc.disable()  # importing makes a million objects that stay; the planner switches it on again before it simulates
     # bitsandbytes compiles functions when it is imported, which loads a compiler for a second; a plan runs none of them
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from tunesmith.trainers.memory.geometry import geometry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -194,6 +195,9 @@ class Planner:
 
             if not isinstance(recipe.adaptation, Full):
                 import peft  # noqa: F401  # before fake tensors, which have stand-ins for parts of it
+            from tunesmith.trainers import attention  # noqa: F401  # loads Transformers
+
+            gc.enable()  # storages in reference cycles must go as they do in a run
             adapter = recipe.adaptation.config if isinstance(recipe.adaptation, Peft) else None
             depths, of_labels = blank.sample_depths(config, adapter), (type(recipe.adaptation), *key[1:4], *key[5:])
             labels = Shape.full(rows, length).labels
