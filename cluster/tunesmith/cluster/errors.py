@@ -54,6 +54,41 @@ class FleetError(UsageError):
     """A fleet names no known GPU, has an impossible shape, or its file has a mistake."""
 
 
+class ServeConfigError(UsageError):
+    """A key of a serving configuration is misspelt, of a wrong type or contradictory."""
+
+
+class AdapterError(UsageError):
+    """An adapter may not enter the registry, or an engine cannot serve it."""
+
+
+class RegistryError(UsageError):
+    """No such adapter, alias or version; or an alias was moved by somebody else meanwhile."""
+
+
+class RequestError(TunesmithError):
+    """A client's request cannot be answered as it stands.
+
+    Args:
+        status: of the HTTP answer.
+        param: the field of the request that is wrong.
+        code: a word for programs.
+        retry_after: seconds after which the same request may succeed.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.args = (what, status, param, code, retry_after)  # what pickling calls the class with
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+
+
 class OutOfMemoryError(ResourceError):
     """The run's largest batch does not fit the device; found before its first step."""
 
