@@ -14,9 +14,10 @@ import torch.distributed as dist
 from workers import run_workers
 
 from tunesmith.cluster.artifacts import ParityReceipt, verify
+from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.runs import RunFolder
-from tunesmith.trainers.base import BaseRef, resolve_base
+from tunesmith.trainers.base import resolve_base
 from tunesmith.trainers.batch import Forest
 from tunesmith.trainers.data.prepare import Prepared, open_prepared, prepare
 

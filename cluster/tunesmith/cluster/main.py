@@ -94,7 +94,8 @@ def plan(
     from tunesmith.trainers.memory.geometry import geometry
     from tunesmith.trainers.memory.plan import make_plan
 
-    made = make_plan(loaded, geometry(loaded.model.base, loaded.output.dir), where, as_hf=work_as == "hf")
+    model = geometry(loaded.model.base, loaded.output.dir)
+    made = make_plan(loaded, model, where, as_hf=work_as == "hf", alone=True)
     if as_json:
         print_json(made.as_json())
         return

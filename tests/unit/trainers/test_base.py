@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import tiny_models
 
+from tunesmith.cluster import base as bases
 from tunesmith.cluster.errors import ModelError
 from tunesmith.cluster.storage import manifest_digest
-from tunesmith.trainers import base as bases
 from tunesmith.trainers.base import resolve_base
 
 

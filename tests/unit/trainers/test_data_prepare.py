@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from tiny_tokenizers import CHATML_PLAIN, byte_level, save
 
+from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import DataError
 from tunesmith.cluster.recipe.schema import Recipe
-from tunesmith.trainers.base import BaseRef
 from tunesmith.trainers.data.prepare import Prepared, open_prepared, prepare
 
 TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -254,7 +254,7 @@ def test_preparing_imports_nothing_heavy_and_a_cached_set_opens_without(tmp_path
 import sys
 from pathlib import Path
 from tunesmith.cluster.recipe.schema import Recipe
-from tunesmith.trainers.base import BaseRef
+from tunesmith.cluster.base import BaseRef
 from tunesmith.trainers.data.prepare import prepare
 heavy = {{"torch", "transformers", "datasets", "ray", "deepspeed", "pyarrow"}}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)

@@ -12,9 +12,10 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.trainers import attention, export, models
-from tunesmith.trainers.base import BaseRef, resolve_base
+from tunesmith.trainers.base import resolve_base
 from tunesmith.trainers.data.prepare import Prepared, prepare
 from tunesmith.trainers.policy import Policy, score
 from tunesmith.trainers.receipts import parity

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import FleetError, PlanError, StorageError
 from tunesmith.cluster.events import Listener, Note, Warned
 from tunesmith.cluster.fleet import Fleet, find_gpu
@@ -14,7 +15,6 @@ from tunesmith.cluster.identity import Identity
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.resources import Need, Node
 from tunesmith.trainers import zero
-from tunesmith.trainers.base import BaseRef
 
 AUTOMATIC = (
     "cluster.zero",

@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 
 from tunesmith.cluster.artifacts import MaskReceipt, ParityReceipt, PlanReceipt
+from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.metrics import read_metrics
 from tunesmith.cluster.recipe.load import recipe_hash, resolved
 from tunesmith.cluster.recipe.schema import Adapter, Lora, Peft, Recipe
 from tunesmith.cluster.runs import RunFolder
-from tunesmith.trainers.base import BaseRef
 from tunesmith.trainers.data.prepare import Prepared
 from tunesmith.trainers.receipts.plan import read_plan_receipt
 

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tunesmith.cluster.artifacts import ParityReceipt
+from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import ReceiptError
 from tunesmith.cluster.recipe.load import recipe_hash
 from tunesmith.cluster.recipe.schema import Adapter, Recipe
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.storage import commit_folder
 from tunesmith.trainers import card
-from tunesmith.trainers.base import BaseRef
 from tunesmith.trainers.checkpoint_files import tensor_bytes
 from tunesmith.trainers.data.prepare import Prepared
 from tunesmith.trainers.models import load_tokenizer

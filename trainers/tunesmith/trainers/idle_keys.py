@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import RecipeError
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.trainers import zero
-from tunesmith.trainers.base import BaseRef
 from tunesmith.trainers.data.report import DataReport
 
 _NEEDS_HELD_OUT = ("train.eval_steps", "train.early_stopping", "train.load_best_model_at_end", "eval.max_rows")

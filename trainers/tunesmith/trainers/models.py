@@ -12,10 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.cluster.base import BaseRef, tensor_shapes
 from tunesmith.cluster.errors import ModelError
 from tunesmith.cluster.recipe.schema import Lora, Peft, Recipe
 from tunesmith.trainers import zero
-from tunesmith.trainers.base import BaseRef, resolve_base, tensor_shapes
+from tunesmith.trainers.base import resolve_base
 
 if TYPE_CHECKING:
     import torch

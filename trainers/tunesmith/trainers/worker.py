@@ -11,9 +11,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import StoppedError, TunesmithError
 from tunesmith.cluster.runs import RunFolder
-from tunesmith.trainers.base import BaseRef
 from tunesmith.trainers.outcome import AttemptOutcome, write_outcome
 
 if TYPE_CHECKING:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.cluster.base import TOKENIZER, BaseRef, context_length, weight_files
 from tunesmith.cluster.errors import ModelError
 from tunesmith.cluster.recipe.schema import Model
 from tunesmith.trainers.advise.rules import Size
-from tunesmith.trainers.base import TOKENIZER, BaseRef, context_length, resolve_base, weight_files
+from tunesmith.trainers.base import resolve_base
 from tunesmith.trainers.memory import catalog
 from tunesmith.trainers.memory.geometry import Geometry, of_folder
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.resources import GIB, this_machine
 from tunesmith.trainers import attention, models
-from tunesmith.trainers.base import BaseRef
 from tunesmith.trainers.batch import collate
 from tunesmith.trainers.policy import Policy, score
 

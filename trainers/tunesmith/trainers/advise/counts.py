@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import DataError
 from tunesmith.cluster.recipe.schema import Recipe
-from tunesmith.trainers.base import BaseRef
 from tunesmith.trainers.data import formats
 from tunesmith.trainers.data.build import LOOK, recognise
 from tunesmith.trainers.data.formats import Completion, Example, Text

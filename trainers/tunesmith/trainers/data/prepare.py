@@ -24,7 +24,7 @@ from tunesmith.trainers.data.sources import fingerprints
 from tunesmith.trainers.data.tokens import TokenStore
 
 if TYPE_CHECKING:
-    from tunesmith.trainers.base import BaseRef
+    from tunesmith.cluster.base import BaseRef
     from tunesmith.trainers.data.build import Rules
 
 _TOKENIZER_FILES = (

@@ -141,11 +141,14 @@ def alternatives(planner: Planner, choice: Choice) -> list[Alternative]:
             and choice.prediction.parts[ACTIVATIONS] > 1.2 * choice.prediction.capacity
         )
 
-    for attempts in _ladders(planner, choice.recipe):
-        for changes in attempts:
-            variant = _sound(choice.recipe, changes)
-            if variant is None or hopeless(variant):
-                continue
+    def sound(attempts: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Recipe]]:
+        variants = [(changes, _sound(choice.recipe, changes)) for changes in attempts]
+        return [(changes, variant) for changes, variant in variants if variant is not None and not hopeless(variant)]
+
+    ladders = [steps for attempts in _ladders(planner, choice.recipe) if (steps := sound(attempts))]
+    planner.prepare([steps[0][1] for steps in ladders])
+    for steps in ladders:
+        for changes, variant in steps:
             prediction = planner.predict(variant)
             if prediction.fits:
                 found.append(_alternative(changes, prediction, asked))

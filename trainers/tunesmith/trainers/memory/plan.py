@@ -89,6 +89,7 @@ def make_plan(
     as_hf: bool = False,
     max_length: int | None = None,
     settled: dict[str, Any] | None = None,
+    alone: bool = False,
 ) -> Plan:
     """Simulates a recipe on a fleet.
 
@@ -98,12 +99,13 @@ def make_plan(
         as_hf: whether the HF Trainer with PEFT does the work instead of our loop.
         max_length: tokens of a full row when the data is known; None takes what the recipe and the model say.
         settled: choices for `auto` of an earlier start of the same run, which stay.
+        alone: whether this process has no other threads, so that copies of it may simulate alternatives.
 
     Raises:
         ModelError: no such model can be built, or the adaptation does not fit it.
         PlanError: it cannot be simulated: it looks at numbers that only a real run has.
     """
-    planner = Planner(model, fleet, as_hf, max_length)
+    planner = Planner(model, fleet, as_hf, max_length, alone)
     with quiet_libraries(), _simulated(model):
         choice = choose(planner, recipe, settled)
         prediction = choice.prediction

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 
+from tunesmith.cluster.base import context_length
 from tunesmith.cluster.errors import DataError, ResourceError
 from tunesmith.cluster.fleet import GIB, Fleet
 from tunesmith.cluster.recipe.schema import Full, Peft, Recipe
 from tunesmith.trainers import head, zero
-from tunesmith.trainers.base import context_length
 from tunesmith.trainers.memory import blank
 from tunesmith.trainers.memory.geometry import Geometry
 from tunesmith.trainers.memory.overhead import overhead
@@ -100,12 +103,14 @@ class Planner:
         fleet: the workers are its GPUs; on CPUs the recipe's own number.
         as_hf: whether the HF Trainer with PEFT does the work instead of our loop.
         max_length: tokens of a row, when the data has said something else than the recipe.
+        alone: whether this process has no other threads, so that copies of it may work beside it.
     """
 
     model: Geometry
     fleet: Fleet
     as_hf: bool = False
     max_length: int | None = None
+    alone: bool = False
     _simulations: dict[tuple[Any, ...], Simulation] = field(default_factory=dict)
     _label_differences: dict[tuple[Any, ...], Simulation] = field(default_factory=dict)
 
@@ -153,6 +158,18 @@ class Planner:
             checkpoint_mixed=number_format != "fp32",
             whole_model=isinstance(recipe.adaptation, Full),
         )
+
+    def prepare(self, recipes: list[Recipe]) -> None:
+        """Simulates variants side by side, in copies of this process if it is alone; `predict` then finds them done.
+
+        A variant that cannot be simulated is left for `predict` to say so.
+        """
+        if not self.alone or len(recipes) < 2:
+            return
+        with ProcessPoolExecutor(min(len(recipes), os.cpu_count() or 1), get_context("fork")) as copies:
+            for done in [copies.submit(_simulated_alone, self, recipe) for recipe in recipes]:
+                if done.exception() is None:
+                    self._simulations |= done.result()
 
     def workers(self, recipe: Recipe) -> int:
         """Processes that train."""
@@ -230,6 +247,11 @@ class Planner:
             more = extrapolate(base, at(first, few + chunk), (few, few + chunk), labels)
             self._label_differences[of_labels] = difference(base, more)
         return add(whole, self._label_differences[of_labels])
+
+
+def _simulated_alone(planner: Planner, recipe: Recipe) -> dict[tuple[Any, ...], Simulation]:
+    planner.predict(recipe)
+    return planner._simulations
 
 
 def _chunk(config: Mapping[str, Any], labels: int) -> int:

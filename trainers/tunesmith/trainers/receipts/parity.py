@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.cluster.artifacts import ParityReceipt
-from tunesmith.trainers.base import BaseRef
+from tunesmith.cluster.base import BaseRef
 from tunesmith.trainers.batch import collate
 from tunesmith.trainers.data.prepare import Prepared
 from tunesmith.trainers.data.tokens import TokenStore
@@ -216,7 +216,7 @@ def _roomy(device: torch.device, folder: Path) -> torch.device:
     """The device if a model of this folder fits on it beside what is there, else the CPU."""
     if device.type != "cuda":
         return device
-    from tunesmith.trainers.base import weight_files
+    from tunesmith.cluster.base import weight_files
 
     needed = sum(path.stat().st_size for path in weight_files(folder))
     return device if torch.cuda.mem_get_info(device)[0] > 1.3 * needed else torch.device("cpu")

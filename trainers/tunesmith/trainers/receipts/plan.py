@@ -14,10 +14,10 @@ import torch
 from pydantic import ValidationError
 
 from tunesmith.cluster.artifacts import PlanReceipt, WorkerMemory
+from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import TunesmithError
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.storage import write_atomic
-from tunesmith.trainers.base import BaseRef
 from tunesmith.trainers.memory.measure import StepMeter
 from tunesmith.trainers.memory.simulate import Shape
 from tunesmith.trainers.memory.tracker import Bytes
