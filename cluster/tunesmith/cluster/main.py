@@ -96,6 +96,7 @@ def plan(
 
     model = geometry(loaded.model.base, loaded.output.dir)
     made = make_plan(loaded, model, where, as_hf=work_as == "hf", alone=True)
+    gc.freeze()  # the process ends; looking for garbage then would take most of a second
     if as_json:
         print_json(made.as_json())
         return
