@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,11 +85,24 @@ class Loaded:
     """A version in memory.
 
     Attributes:
+        model: what generates: the model with its adapter's layers in it, or PEFT's wrapper where virtual tokens stand
+            before the prompt.
         users: rows that wait or run with it.
+        is_busy: whether no further batch may start with it.
     """
 
     model: nn.Module
     users: int = 0
+    is_busy: bool = False
+
+    @property
+    def is_prompted(self) -> bool:
+        """Whether PEFT puts virtual tokens before the prompt.
+
+        It then gives padded rows wrong positions, and two threads in its `generate` take each other's hooks away: its
+        batches have prompts of one length, and run one at a time.
+        """
+        return hasattr(self.model, "peft_config") and any(c.is_prompt_learning for c in self.model.peft_config.values())  # type: ignore[union-attr,operator]
 
 
 @dataclass
@@ -139,7 +153,7 @@ class TransformersEngine:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         rows = self._rows(ask, emit)
-        loaded = self._models[ask.version.digest if ask.version else None]
+        loaded = self._loaded(ask.version)
         loaded.users += len(rows)
         try:
             self._waiting.extend(rows)
@@ -214,29 +228,32 @@ class TransformersEngine:
     def _next(self) -> None:
         """Starts batches while there are threads for them: the oldest waiting row, and others of its version."""
         while self._waiting and self._running < BATCHES_AT_ONCE:
-            first = self._waiting[0]
-            version = first.ask.version
-            model = self._models[version.digest if version else None].model
+            first = next((row for row in self._waiting if not self._loaded(row.ask.version).is_busy), None)
+            if first is None:
+                return
+            version, loaded = first.ask.version, self._loaded(first.ask.version)
             same = [
                 row
                 for row in self._waiting
-                if row.ask.version == version and (takes_padding(model) or len(row.tokens) == len(first.tokens))
+                if row.ask.version == version and (not loaded.is_prompted or len(row.tokens) == len(first.tokens))
             ][: self.settings.max_batch]
+            loaded.is_busy = loaded.is_prompted
             chosen = {id(row) for row in same}
             self._waiting = deque(row for row in self._waiting if id(row) not in chosen)
             self._running += 1
-            done = asyncio.get_running_loop().run_in_executor(self._threads, run_batch, model, same, self._device)
-            done.add_done_callback(self._ended)
+            done = asyncio.get_running_loop().run_in_executor(
+                self._threads, run_batch, loaded.model, same, self._device
+            )
+            done.add_done_callback(partial(self._ended, loaded))
 
-    def _ended(self, batch: asyncio.Future[None]) -> None:
+    def _loaded(self, version: Version | None) -> Loaded:
+        return self._models[version.digest if version else None]
+
+    def _ended(self, loaded: Loaded, batch: asyncio.Future[None]) -> None:
         self._running -= 1
+        loaded.is_busy = False
         self._next()
         batch.result()
-
-
-def takes_padding(model: Any) -> bool:
-    """Whether prompts of different lengths may share a batch: under virtual tokens PEFT gives padded rows wrong positions."""
-    return not any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
 
 
 def run_batch(model: Any, rows: list[Row], device: torch.device) -> None:

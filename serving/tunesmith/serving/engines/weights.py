@@ -69,4 +69,5 @@ def with_adapter(base: nn.Module, version: Version, device: torch.device) -> nn.
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise AdapterError(f"version {version.digest[:12]}: PEFT cannot load it over this base: {reason}") from error
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model if any(config.is_prompt_learning for config in model.peft_config.values()) else model.get_base_model()
