@@ -61,12 +61,14 @@ class Ask:
         prompt: a conversation, which the version's own chat template renders, or a text, or token ids.
         version: the adapter; None asks the base alone.
         n: answers wanted.
+        stream: whether pieces are wanted as they come; else one for each answer will do.
     """
 
     id: str
     prompt: list[Message] | str | list[int]
     version: Version | None = None
     n: int = 1
+    stream: bool = True
     sampling: Sampling = field(default_factory=Sampling)
 
 
