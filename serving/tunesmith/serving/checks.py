@@ -253,7 +253,7 @@ def _checked_settings(config: Any) -> str:
         raise AdapterError(f"{SETTINGS}: megatron_config would make PEFT import {config.get('megatron_core')!r}")
     for key in ("auto_mapping", "rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
-            raise AdapterError(f"{SETTINGS}: {key} is {str(config[key])[:60]!r}; expected an object or null")
+            raise AdapterError(f"{SETTINGS}: {key} is {str(config[key])[:60]}; expected an object or null")
     library = (config.get("auto_mapping") or {}).get("parent_library")
     if library is not None and str(library).partition(".")[0] != "transformers":
         raise AdapterError(
