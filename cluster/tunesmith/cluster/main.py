@@ -193,6 +193,60 @@ def quickstart(
         print_json(summary)
 
 
+keys = typer.Typer(help="API keys of a serving registry.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+RegistryUri = Annotated[str, typer.Option("--registry", help="Folder or object-store URI of the registry.")]
+
+
+@keys.command("create")
+def keys_create(
+    tenant: Annotated[str, typer.Argument(help="Whose key it is.", show_default=False)],
+    name: Annotated[str, typer.Option("--name", help="What people call it.")] = "",
+    scopes: Annotated[
+        list[str] | None, typer.Option("--scope", help="infer or admin; repeatable. [default: infer]")
+    ] = None,
+    models: Annotated[
+        list[str] | None, typer.Option("--model", help="A model that it may ask; repeatable. [default: all]")
+    ] = None,
+    expires: Annotated[str | None, typer.Option("--expires", help="Such as 90d or 12h. [default: never]")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="The key's own limit.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="The key's own limit.")] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="The key's own limit.")] = None,
+    registry: RegistryUri = "registry",
+    as_json: AsJson = False,
+) -> None:
+    """Make a key. It is printed once, and only a hash of it is kept."""
+    from tunesmith.serving import keys_command
+
+    limits = {
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "concurrency": concurrency,
+    }
+    keys_command.create(registry, tenant, name, scopes or ["infer"], models or [], expires, limits, as_json)
+
+
+@keys.command("list")
+def keys_list(registry: RegistryUri = "registry", as_json: AsJson = False) -> None:
+    """Show the keys, never their secrets."""
+    from tunesmith.serving import keys_command
+
+    keys_command.show(registry, as_json)
+
+
+@keys.command("revoke")
+def keys_revoke(
+    id: Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.", show_default=False)],
+    registry: RegistryUri = "registry",
+    as_json: AsJson = False,
+) -> None:
+    """End a key for good."""
+    from tunesmith.serving import keys_command
+
+    keys_command.revoke(registry, id, as_json)
+
+
 def main() -> None:
     """Entry point: runs a command and turns whatever ends it into an exit code."""
     try:

@@ -1,8 +1,9 @@
 """Engines' pieces as OpenAI's answers: whole, in chunks, embeddings, models, errors.
 
-Two of OpenAI's own shapes do not fit the types of its client, which checks them only when it is told to be strict: in
-streamed completions `finish_reason` is null until the end, and the log-probability of a prompt's first token is null.
-Both are as OpenAI's server sends them; any other value would be false.
+Three of OpenAI's own shapes do not fit the types of its client, which checks them only when it is told to be strict: in
+streamed completions `finish_reason` is null until the end, the log-probability of a prompt's first token is null, and
+vectors in base64, which the client asks for unless told otherwise, are no lists of numbers. They stay as OpenAI's server
+sends them; any other value would be false.
 """
 
 from __future__ import annotations
