@@ -75,6 +75,9 @@ class FairQueue:
         Raises:
             RequestError: 503, there is no room.
         """
+        if not self.at_work and not self._waiting:
+            self._lines.clear()  # nobody is ahead of anybody
+            self._served_tag = 0.0
         mine = len(self._lines[tenant].waiting) if tenant in self._lines else 0
         outed = None
         if self._waiting >= self.capacity and (self.at_work >= self.slots or self._waiting):
@@ -114,9 +117,6 @@ class FairQueue:
         self._seconds += 0.1 * (now - ticket.began - self._seconds)
         if line := self._lines.get(ticket.tenant):
             line.tag += ticket.cost - ticket.charged
-        if not self.at_work and not self._waiting:
-            self._lines.clear()  # nobody is ahead of anybody
-            self._served_tag = 0.0
 
     def cancel(self, ticket: Ticket) -> bool:
         """Takes a waiting request out of line; False when it is not in line any more."""
