@@ -63,7 +63,11 @@ class AdapterError(UsageError):
 
 
 class RegistryError(UsageError):
-    """No such adapter, alias or version; or an alias was moved by somebody else meanwhile."""
+    """No such adapter, alias or version, or one that may not be changed like that."""
+
+
+class MovedError(RegistryError):
+    """The registry is not as it was when the change was decided: somebody else has changed it meanwhile."""
 
 
 class RequestError(TunesmithError):

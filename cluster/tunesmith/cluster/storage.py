@@ -166,17 +166,38 @@ def commit(temporary: Path, final: Path, files: Mapping[str, FileRecord], extra:
     `extra` are the manifest's further keys (`kind` and whatever the reader wants to know). An existing `final` is
     replaced; killed between the two renames, neither is visible, which no reader mistakes for a whole one.
     """
-    document: dict[str, Any] = {"files": {name: files[name]._asdict() for name in sorted(files)}, **extra}
-    text = json.dumps({**document, "digest": manifest_digest(document)}, indent=1, sort_keys=True)
-    with explained(temporary, len(text)):
-        for folder in _folders_of(files):
-            fsync_folder(temporary / folder)
-        write_atomic(temporary / MANIFEST, text)
+    sign(temporary, files, extra)
+    with explained(temporary, 0):
         replaced = _hide(final) if final.exists() else None
         os.rename(temporary, final)
         fsync_folder(final.parent)
         if replaced is not None:
             shutil.rmtree(replaced, ignore_errors=True)
+
+
+def commit_once(temporary: Path, final: Path, files: Mapping[str, FileRecord], extra: Mapping[str, Any]) -> bool:
+    """As `commit`, but a `final` that is there already stays and the temporary folder is removed; whether it is ours."""
+    sign(temporary, files, extra)
+    with explained(temporary, 0):
+        try:
+            os.rename(temporary, final)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(temporary, ignore_errors=True)
+            return False
+        fsync_folder(final.parent)
+    return True
+
+
+def sign(folder: Path, files: Mapping[str, FileRecord], extra: Mapping[str, Any]) -> None:
+    """Writes a folder's manifest, durably; every file in `files` has been fsynced already."""
+    document: dict[str, Any] = {"files": {name: files[name]._asdict() for name in sorted(files)}, **extra}
+    text = json.dumps({**document, "digest": manifest_digest(document)}, indent=1, sort_keys=True)
+    with explained(folder, len(text)):
+        for part in _folders_of(files):
+            fsync_folder(folder / part)
+        write_atomic(folder / MANIFEST, text)
 
 
 def discard(final: Path) -> None:
