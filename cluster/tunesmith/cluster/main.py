@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from tunesmith.serving import commands
+
 app = typer.Typer(
     name="tunesmith",
     help="Distributed fine-tuning on Ray: one recipe from a base model to a certified adapter.",
@@ -194,126 +196,8 @@ def quickstart(
         print_json(summary)
 
 
-adapters = typer.Typer(
-    help="Adapter versions, and the aliases that clients ask for them by.", no_args_is_help=True, rich_markup_mode=None
-)
-app.add_typer(adapters, name="adapters")
-
-RegistryRoot = Annotated[
-    str,
-    typer.Option("--registry", metavar="DIR", envvar="TUNESMITH_REGISTRY", help="Folder or object-store URI."),
-]
-AdapterName = Annotated[str, typer.Argument(metavar="NAME", help="The adapter.", show_default=False)]
-AliasName = Annotated[str, typer.Argument(metavar="ALIAS", help="Such as prod.", show_default=False)]
-IfGeneration = Annotated[
-    int | None,
-    typer.Option(
-        "--if-generation", metavar="N", help="Only if the registry is as `list` showed it.", show_default=False
-    ),
-]
-
-
-@adapters.command("add")
-def adapters_add(
-    name: AdapterName,
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Its folder.", show_default=False)],
-    alias: Annotated[str | None, typer.Option("--alias", help="Move this alias to it.")] = None,
-    owner: Annotated[str | None, typer.Option("--owner", help="Tenant that alone sees it.")] = None,
-    base: Annotated[
-        Path | None, typer.Option("--base", metavar="DIR", help="The base it will be served on, to compare with.")
-    ] = None,
-    base_digest: Annotated[
-        str | None, typer.Option("--base-digest", metavar="HEX", help="The base it was trained on, without a manifest.")
-    ] = None,
-    trust_base: Annotated[
-        bool, typer.Option("--trust-base", help="Take it although nobody says which base it was trained on.")
-    ] = False,
-    max_rank: Annotated[int, typer.Option("--max-rank", min=1, help="Largest LoRA rank.")] = 256,
-    registry: RegistryRoot = "registry",
-    as_json: AsJson = False,
-) -> None:
-    """Check an adapter and make it a version. The first version of a name is served as NAME at once."""
-    from tunesmith.serving import adapters_command
-
-    offered = adapters_command.Offered(name, artifact, alias, owner, base, base_digest, trust_base, max_rank)
-    adapters_command.add(registry, offered, as_json)
-
-
-@adapters.command("alias")
-def adapters_alias(
-    name: AdapterName,
-    alias: AliasName,
-    version: Annotated[str, typer.Argument(metavar="VERSION", help="Beginning of its digest.", show_default=False)],
-    if_generation: IfGeneration = None,
-    registry: RegistryRoot = "registry",
-    as_json: AsJson = False,
-) -> None:
-    """Make an alias lead to a version. Requests at work end on the version they began with."""
-    from tunesmith.serving import adapters_command
-
-    adapters_command.alias(registry, name, alias, version, if_generation, as_json)
-
-
-@adapters.command("split")
-def adapters_split(
-    name: AdapterName,
-    alias: AliasName,
-    weights: Annotated[
-        list[str], typer.Argument(metavar="VERSION=WEIGHT...", help="Such as 3f2a=90 77c1=10.", show_default=False)
-    ],
-    shadow: Annotated[
-        str | None, typer.Option("--shadow", metavar="VERSION", help="Ask this one too, and show nobody its answers.")
-    ] = None,
-    if_generation: IfGeneration = None,
-    registry: RegistryRoot = "registry",
-    as_json: AsJson = False,
-) -> None:
-    """Split an alias between versions by weight. A user stays on one version."""
-    from tunesmith.serving import adapters_command
-
-    adapters_command.split(registry, name, alias, weights, shadow, if_generation, as_json)
-
-
-@adapters.command("rollback")
-def adapters_rollback(
-    name: AdapterName,
-    alias: AliasName,
-    if_generation: IfGeneration = None,
-    registry: RegistryRoot = "registry",
-    as_json: AsJson = False,
-) -> None:
-    """Make an alias lead where it led before."""
-    from tunesmith.serving import adapters_command
-
-    adapters_command.rollback(registry, name, alias, if_generation, as_json)
-
-
-@adapters.command("list")
-def adapters_list(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One adapter.", show_default=False)] = None,
-    registry: RegistryRoot = "registry",
-    as_json: AsJson = False,
-) -> None:
-    """Show versions, and the aliases that lead to them."""
-    from tunesmith.serving import adapters_command
-
-    adapters_command.show(registry, name, as_json)
-
-
-@adapters.command("remove")
-def adapters_remove(
-    name: AdapterName,
-    what: Annotated[
-        str, typer.Argument(metavar="VERSION|ALIAS", help="A version that no alias leads to.", show_default=False)
-    ],
-    if_generation: IfGeneration = None,
-    registry: RegistryRoot = "registry",
-    as_json: AsJson = False,
-) -> None:
-    """Take out a version or an alias. Files of a version that no name has any more are deleted."""
-    from tunesmith.serving import adapters_command
-
-    adapters_command.remove(registry, name, what, if_generation, as_json)
+app.add_typer(commands.adapters, name="adapters")
+app.add_typer(commands.keys, name="keys")
 
 
 def main() -> None:

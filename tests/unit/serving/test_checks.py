@@ -356,7 +356,7 @@ def test_the_base_is_known_from_the_manifest_the_operator_or_nobody(tmp_path: Pa
 def test_a_bases_folder_tells_its_shapes_and_digest_as_training_does(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
-    from tunesmith.trainers.base import digest, tensor_shapes
+    from tunesmith.cluster.base import digest, tensor_shapes
 
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     for n in range(2):

@@ -68,8 +68,8 @@ class Ask:
     prompt: list[Message] | str | list[int]
     version: Version | None = None
     n: int = 1
-    stream: bool = True
     sampling: Sampling = field(default_factory=Sampling)
+    stream: bool = True
 
 
 @dataclass(frozen=True)
