@@ -360,7 +360,8 @@ def to_ask(request: ChatRequest, id: str, version: Version | None) -> Ask:
     """What an engine is asked for a chat request."""
     most = request.max_completion_tokens or request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return Ask(id, request.conversation, version, request.answers, request.sampling(most, logprobs, None))
+    sampling = request.sampling(most, logprobs, None)
+    return Ask(id, request.conversation, version, request.answers, sampling, bool(request.stream))
 
 
 def to_asks(request: CompletionRequest, id: str, version: Version | None) -> list[Ask]:
@@ -373,7 +374,8 @@ def to_asks(request: CompletionRequest, id: str, version: Version | None) -> lis
     of_prompt = (request.logprobs or 0) if request.echo else None
     sampling = request.sampling(most, request.logprobs, of_prompt)
     return [
-        Ask(f"{id}-{index}", prompt, version, request.answers, sampling) for index, prompt in enumerate(request.prompts)
+        Ask(f"{id}-{index}", prompt, version, request.answers, sampling, bool(request.stream))
+        for index, prompt in enumerate(request.prompts)
     ]
 
 

@@ -1,0 +1,306 @@
+"""The desk that every request passes: whose it is, whether it may, what its model name means now, and when its turn is.
+
+There is one in a service, so that a moved alias takes effect for all gateways at the same instant and limits count
+everywhere. It lives in a Ray actor, but knows nothing of Ray. It keeps nothing that the registry does not hold: after a
+restart only the count of requests at work begins anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunesmith.cluster.errors import RegistryError, RequestError, StorageError
+from tunesmith.serving.catalog import Catalog, Resolved
+from tunesmith.serving.config import Serve
+from tunesmith.serving.fairness import FairQueue, Gate
+from tunesmith.serving.limits import Lease, Meters
+from tunesmith.serving.registry import Registry
+from tunesmith.serving.statelog import StateLog
+from tunesmith.serving.tenants import ANYONE, Keys, Scope, Tenant
+
+REFRESH_S = 0.5
+"""How often changes that others make to the registry are looked for."""
+SILENT_S = 10.0
+"""A gateway that has said nothing for so long is gone, and its requests with it."""
+LONGEST_WAIT_S = 30.0
+"""For a slot; a request that has not begun by then is refused."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where a request goes.
+
+    Attributes:
+        base: name of the base that answers; empty for an agent.
+        base_digest: of its weights; empty for an agent.
+        digest: of the adapter version; None for the base alone and for agents.
+        agent: name of a mixture; None for models.
+        shadow: digest of a version to ask as well.
+    """
+
+    model: str
+    base: str = ""
+    base_digest: str = ""
+    digest: str | None = None
+    generation: int = 0
+    agent: str | None = None
+    shadow: str | None = None
+    adapter: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """For `system_fingerprint`: base, version and generation."""
+        return f"{self.base_digest[:12] or self.agent}-{(self.digest or 'base')[:12]}-g{self.generation}"
+
+    def headers(self) -> dict[str, str]:
+        """What every answer carries."""
+        return {
+            "x-tunesmith-base": self.base_digest or "none",
+            "x-tunesmith-version": self.digest or "none",
+            "x-tunesmith-generation": str(self.generation),
+        }
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A request at the door.
+
+    Attributes:
+        gateway: who will tell how it ended.
+        authorization: the header, as it came.
+        user: whom to keep on one version of a split alias.
+        tokens: estimate of its prompts, and the most that it may be answered.
+        within: ticket of the agent's request that this one is part of; limits have been counted there.
+    """
+
+    id: str
+    gateway: str
+    authorization: str | None
+    model: str
+    user: str | None = None
+    tokens: int = 0
+    within: str | None = None
+
+
+@dataclass
+class _Open:
+    gateway: str
+    tenant: Tenant
+    lease: Lease | None
+    stack: AsyncExitStack
+
+
+@dataclass
+class Desk:
+    """See the module.
+
+    Args:
+        digests: base name -> digest of its weights.
+        slots: base name -> requests that its replicas work on at once.
+        queue: base name -> requests that may wait for one.
+        clock: seconds, for turns and limits; `now` is the time of day, for keys.
+    """
+
+    config: Serve
+    digests: Mapping[str, str]
+    slots: Mapping[str, int]
+    queue: Mapping[str, int]
+    clock: Callable[[], float] = time.monotonic
+    now: Callable[[], float] = time.time
+    _open: dict[str, _Open] = field(default_factory=dict)
+    _heard: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.registry = Registry(self.config.registry)
+        self.keys = Keys(StateLog(self.config.registry, "keys"))
+        self._meters = Meters()
+        self._gates = {name: Gate(FairQueue(n, self.queue[name]), self.clock) for name, n in self.slots.items()}
+        self._bases_by_digest = {digest: name for name, digest in self.digests.items()}
+        self._generation, self._catalog = 0, Catalog()
+        self.look()
+
+    def look(self) -> None:
+        """Takes over what the registry holds now."""
+        self._generation, self._catalog = self.registry.read()
+        if self.config.http.auth == "keys":
+            self.keys.refresh()
+
+    async def keep_looking(self) -> None:
+        """Looks for changes for ever, and lets requests of lost gateways go."""
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            try:
+                await asyncio.to_thread(self.look)
+            except StorageError as error:  # what was read before stays true until it can be read again
+                _log.warning("the registry cannot be read: %s", error)
+            await self.drop_silent()
+
+    async def enter(self, entry: Entry) -> Route:
+        """Waits until the request may begin. `leave` must follow, whatever becomes of it.
+
+        Raises:
+            RequestError: 401, 403, 404, 429 or 503.
+        """
+        outer = self._open.get(entry.within or "")
+        tenant = outer.tenant if outer else self.tenant(entry.authorization)
+        if entry.within and outer is None:
+            raise RequestError("the request that this one is part of has ended", 409)
+        if not outer and not tenant.sees(entry.model):
+            raise unknown_model(entry.model)
+        route = self.resolve(entry.model, tenant, entry.user, entry.id)
+        if route.agent and outer:
+            raise RequestError(f"{entry.model} is a mixture of agents, which asks no other mixture", 400)
+        limits = tenant.limits or self.config.limits
+        lease = None if outer else self._meters.enter(tenant.key or tenant.name, limits, entry.tokens, self.clock())
+        stack = AsyncExitStack()
+        try:
+            if not route.agent:
+                gate = self._gates[route.base]
+                await stack.enter_async_context(gate.slot(tenant.name, max(1, entry.tokens), LONGEST_WAIT_S))
+        except BaseException:
+            if lease is not None:
+                self._meters.leave(lease, 0, self.clock())
+            raise
+        self._open[entry.id] = _Open(entry.gateway, tenant, lease, stack)
+        self._heard.setdefault(entry.gateway, self.clock())
+        return route
+
+    async def leave(self, id: str, used: int) -> None:
+        """A request has ended; unknown ones are ignored, as after a restart.
+
+        Args:
+            used: tokens of its prompts and answers.
+        """
+        request = self._open.pop(id, None)
+        if request is None:
+            return
+        if request.lease is not None:
+            self._meters.leave(request.lease, used, self.clock())
+        await request.stack.aclose()
+
+    def hear(self, gateway: str) -> None:
+        """A gateway is alive."""
+        self._heard[gateway] = self.clock()
+
+    async def drop_silent(self) -> None:
+        """Lets go of what belongs to gateways that have fallen silent."""
+        gone = [name for name, at in self._heard.items() if self.clock() - at > SILENT_S]
+        for name in gone:
+            del self._heard[name]
+            lost = [id for id, request in self._open.items() if request.gateway == name]
+            for id in lost:
+                await self.leave(id, 0)
+            if lost:
+                _log.warning("gateway %s is gone; %d of its requests were let go", name, len(lost))
+
+    def tenant(self, authorization: str | None, scope: Scope = "infer") -> Tenant:
+        """Whose a request is.
+
+        Raises:
+            RequestError: 401 or 403.
+        """
+        if self.config.http.auth == "none":
+            return ANYONE
+        return self.keys.authenticate(authorization, self.now(), scope)
+
+    def resolve(self, model: str, tenant: Tenant, user: str | None, id: str) -> Route:
+        """What a model name means now, for a tenant.
+
+        Raises:
+            RequestError: 404: there is no such model, or it is another tenant's.
+        """
+        if model in self.config.agents:
+            return Route(model, agent=model, generation=self._generation)
+        if model in self.digests:
+            return Route(model, model, self.digests[model], None, self._generation)
+        try:
+            found = self._visible(tenant).resolve(self._generation, model, user, id)
+        except RegistryError as error:
+            raise unknown_model(model) from error
+        base = self._base_of(found)
+        return Route(
+            model, base, self.digests[base], found.digest, found.generation, None, found.shadow, found.name
+        )  # fmt: skip
+
+    def models(self, authorization: str | None) -> list[tuple[str, str]]:
+        """Names that a key may ask for, and whose they are.
+
+        Raises:
+            RequestError: 401 or 403.
+        """
+        tenant = self.tenant(authorization)
+        adapters = [
+            (f"{name}@{alias}" if alias != "prod" else name, adapter.owner or "tunesmith")
+            for name, adapter in self._visible(tenant).adapters.items()
+            for alias in adapter.aliases
+        ]
+        own = [(name, "tunesmith") for name in [*self.digests, *self.config.agents]]
+        return [(name, owner) for name, owner in [*own, *adapters] if tenant.sees(name)]
+
+    def admin(self, authorization: str | None, change: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Changes the registry for an operator, and takes the change over at once.
+
+        Args:
+            change: `move`, `split`, `rollback`, `remove`, or `list`, which changes nothing.
+
+        Raises:
+            RequestError: 401, 403, 404 or 409.
+        """
+        self.tenant(authorization, "admin")
+        calls: dict[str, Callable[..., Any]] = {
+            "move": self.registry.move,
+            "split": self.registry.split,
+            "rollback": self.registry.rollback,
+            "remove": self.registry.remove,
+        }
+        try:
+            if change != "list":
+                calls[change](**arguments)
+            self.look()
+        except RegistryError as error:
+            raise RequestError(str(error), 409 if arguments.get("expected") else 404) from error
+        return {"generation": self._generation, "adapters": self._catalog.model_dump(mode="json")["adapters"]}
+
+    def at_work(self) -> dict[str, dict[str, int]]:
+        """Requests that wait for a slot, and all that are open."""
+        waiting = {name: gate.queue.waiting for name, gate in self._gates.items()}
+        return {"waiting": waiting, "open": {"all": len(self._open)}}
+
+    def _visible(self, tenant: Tenant) -> Catalog:
+        return self._catalog if tenant is ANYONE else self._catalog.visible_to(tenant.name)
+
+    def _base_of(self, found: Resolved) -> str:
+        if found.base_digest is None and len(self.digests) == 1:
+            return next(iter(self.digests))
+        base = self._bases_by_digest.get(found.base_digest or "")
+        if base is None:
+            raise RequestError(
+                f"{found.name} was trained on the base {(found.base_digest or 'unknown')[:12]}, which is not served here",
+                404,
+                "model",
+                "base_not_served",
+            )
+        return base
+
+
+def unknown_model(model: str) -> RequestError:
+    """The answer for a model that does not exist, or not for this key."""
+    return RequestError(f"the model {model[:80]!r} does not exist", 404, "model", "model_not_found")
+
+
+def capacity(config: Serve) -> tuple[dict[str, int], dict[str, int]]:
+    """Slots and queue lengths of each base, over all its replicas."""
+    replicas = {
+        name: base.autoscaling.max_replicas if base.autoscaling else base.replicas
+        for name, base in config.bases.items()
+    }
+    slots = {name: base.max_batch * replicas[name] for name, base in config.bases.items()}
+    return slots, {name: max(1, base.max_queue * replicas[name]) for name, base in config.bases.items()}
