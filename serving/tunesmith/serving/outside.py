@@ -146,17 +146,20 @@ def _count(value: Any) -> int:
 
 
 async def _lines(blocks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    total, rest = 0, b""
+    total, rest = 0, bytearray()
     async for block in blocks:
         total += len(block)
         if total > MOST_BYTES:
             raise _Unusable(f"sent more than {MOST_BYTES} bytes")
-        *whole, rest = (rest + block).split(b"\n")
+        rest += block  # in place: blocks may be of one byte each
+        whole: list[bytearray] = []
+        if b"\n" in block:
+            *whole, rest = rest.split(b"\n")
         if len(rest) > LONGEST_LINE:
             raise _Unusable(f"sent a line of more than {LONGEST_LINE} bytes")
         for line in whole:
-            yield line
-    yield rest
+            yield bytes(line)
+    yield bytes(rest)
 
 
 def _check(response: httpx2.Response) -> None:
