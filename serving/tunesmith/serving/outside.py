@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import httpx2
+import httpx
 
 from tunesmith.cluster.errors import RequestError, ServeConfigError
 from tunesmith.serving.config import Endpoint
@@ -20,7 +20,7 @@ from tunesmith.serving.engines.protocol import Finish, Message, Piece, Sampling
 MOST_BYTES, LONGEST_LINE = 8 * 2**20, 2**18
 """Of a streamed answer, and of one event in it."""
 
-TIMEOUT = httpx2.Timeout(connect=5.0, read=60.0, write=10.0, pool=5.0)
+TIMEOUT = httpx.Timeout(connect=5.0, read=60.0, write=10.0, pool=5.0)
 """Seconds; a mixture's own deadline is usually shorter."""
 
 _FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length", "content_filter": "stop"}
@@ -42,16 +42,16 @@ class Outside:
         self,
         endpoints: Mapping[str, Endpoint],
         environ: Mapping[str, str],
-        transport: httpx2.AsyncBaseTransport | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._endpoints = dict(endpoints)
         self._headers = {name: _headers(name, one, environ) for name, one in endpoints.items()}
-        self._client = httpx2.AsyncClient(
+        self._client = httpx.AsyncClient(
             timeout=TIMEOUT,
             follow_redirects=False,
             trust_env=False,
             transport=transport,
-            limits=httpx2.Limits(max_connections=128, max_keepalive_connections=32),
+            limits=httpx.Limits(max_connections=128, max_keepalive_connections=32),
         )
 
     async def close(self) -> None:
@@ -77,9 +77,9 @@ class Outside:
                         yield piece
                     if answer.ended:
                         break
-        except httpx2.TimeoutException as error:
+        except httpx.TimeoutException as error:
             raise _wrong(endpoint, f"does not answer ({type(error).__name__})", 504) from error
-        except httpx2.HTTPError as error:
+        except httpx.HTTPError as error:
             raise _wrong(endpoint, f"cannot be reached or broke off ({type(error).__name__})") from error
         except _Unusable as error:
             raise _wrong(endpoint, str(error)) from error
@@ -162,7 +162,7 @@ async def _lines(blocks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     yield bytes(rest)
 
 
-def _check(response: httpx2.Response) -> None:
+def _check(response: httpx.Response) -> None:
     if response.status_code != 200:
         raise _Unusable(f"answered with status {response.status_code}")
     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
