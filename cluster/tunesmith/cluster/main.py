@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from tunesmith.serving import commands
+
 app = typer.Typer(
     name="tunesmith",
     help="Distributed fine-tuning on Ray: one recipe from a base model to a certified adapter.",
@@ -96,6 +98,7 @@ def plan(
 
     model = geometry(loaded.model.base, loaded.output.dir)
     made = make_plan(loaded, model, where, as_hf=work_as == "hf", alone=True)
+    gc.freeze()  # the process ends; looking for garbage then would take most of a second
     if as_json:
         print_json(made.as_json())
         return
@@ -193,58 +196,8 @@ def quickstart(
         print_json(summary)
 
 
-keys = typer.Typer(help="API keys of a serving registry.", no_args_is_help=True)
-app.add_typer(keys, name="keys")
-
-RegistryUri = Annotated[str, typer.Option("--registry", help="Folder or object-store URI of the registry.")]
-
-
-@keys.command("create")
-def keys_create(
-    tenant: Annotated[str, typer.Argument(help="Whose key it is.", show_default=False)],
-    name: Annotated[str, typer.Option("--name", help="What people call it.")] = "",
-    scopes: Annotated[
-        list[str] | None, typer.Option("--scope", help="infer or admin; repeatable. [default: infer]")
-    ] = None,
-    models: Annotated[
-        list[str] | None, typer.Option("--model", help="A model that it may ask; repeatable. [default: all]")
-    ] = None,
-    expires: Annotated[str | None, typer.Option("--expires", help="Such as 90d or 12h. [default: never]")] = None,
-    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="The key's own limit.")] = None,
-    tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="The key's own limit.")] = None,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="The key's own limit.")] = None,
-    registry: RegistryUri = "registry",
-    as_json: AsJson = False,
-) -> None:
-    """Make a key. It is printed once, and only a hash of it is kept."""
-    from tunesmith.serving import keys_command
-
-    limits = {
-        "requests_per_minute": requests_per_minute,
-        "tokens_per_minute": tokens_per_minute,
-        "concurrency": concurrency,
-    }
-    keys_command.create(registry, tenant, name, scopes or ["infer"], models or [], expires, limits, as_json)
-
-
-@keys.command("list")
-def keys_list(registry: RegistryUri = "registry", as_json: AsJson = False) -> None:
-    """Show the keys, never their secrets."""
-    from tunesmith.serving import keys_command
-
-    keys_command.show(registry, as_json)
-
-
-@keys.command("revoke")
-def keys_revoke(
-    id: Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.", show_default=False)],
-    registry: RegistryUri = "registry",
-    as_json: AsJson = False,
-) -> None:
-    """End a key for good."""
-    from tunesmith.serving import keys_command
-
-    keys_command.revoke(registry, id, as_json)
+app.add_typer(commands.adapters, name="adapters")
+app.add_typer(commands.keys, name="keys")
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -251,14 +252,17 @@ def held(temporary: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def remove_leftovers(parent: Path) -> list[Path]:
+def remove_leftovers(parent: Path, younger_stay_s: float = 0.0) -> list[Path]:
     """Removes what killed writers left in a folder (`*.tmp-*`); returns what was removed.
 
     What a live process of this machine is writing stays. On a file system shared by machines, hold the run's lock.
+    Where several write at once, `younger_stay_s` spares what was made so recently that it may not be held yet.
     """
     removed = []
     for path in sorted(parent.glob(f"*{_TEMPORARY}*")):
         if path.is_dir() and _is_held(path):
+            continue
+        if younger_stay_s and path.exists() and time.time() - path.stat().st_mtime < younger_stay_s:
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Route(NamedTuple):
-    """One version of an alias and its share."""
+@dataclass(frozen=True)
+class Route:
+    """One version of an alias and its share.
+
+    Attributes:
+        weight: relative to the other routes' weights; above 0.
+    """
 
     digest: str
     weight: float
-    """Relative to the other routes' weights; above 0."""
 
 
 def choose(routes: Sequence[Route], name: str, alias: str, key: str) -> str:

@@ -18,10 +18,10 @@ def _chosen(*routes: Route, alias: str = "prod") -> list[str]:
 def test_each_route_gets_its_share(weights: tuple[float, ...]) -> None:
     routes = [Route(digest, weight) for digest, weight in zip((OLD, NEW, THIRD), weights, strict=False)]
     chosen = _chosen(*routes)
-    for digest, weight in routes:
-        share = weight / sum(weights)
+    for route in routes:
+        share = route.weight / sum(weights)
         spread = 4 * (share * (1 - share) / len(USERS)) ** 0.5
-        assert abs(chosen.count(digest) / len(USERS) - share) < spread
+        assert abs(chosen.count(route.digest) / len(USERS) - share) < spread
 
 
 def test_the_same_user_gets_the_same_version_whatever_the_order_of_routes() -> None:

@@ -61,6 +61,7 @@ class Ask:
         prompt: a conversation, which the version's own chat template renders, or a text, or token ids.
         version: the adapter; None asks the base alone.
         n: answers wanted.
+        stream: whether pieces are wanted as they come; else one for each answer will do.
     """
 
     id: str
@@ -68,6 +69,7 @@ class Ask:
     version: Version | None = None
     n: int = 1
     sampling: Sampling = field(default_factory=Sampling)
+    stream: bool = True
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,8 @@ class Planner:
                 import peft  # noqa: F401  # before fake tensors, which have stand-ins for parts of it
             from tunesmith.trainers import attention  # noqa: F401  # loads Transformers
 
+            if not gc.isenabled():
+                gc.freeze()  # what the imports made stays; looking through it takes a second
             gc.enable()  # storages in reference cycles must go as they do in a run
             adapter = recipe.adaptation.config if isinstance(recipe.adaptation, Peft) else None
             depths, of_labels = blank.sample_depths(config, adapter), (type(recipe.adaptation), *key[1:4], *key[5:])

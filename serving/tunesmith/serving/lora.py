@@ -1,0 +1,143 @@
+"""Whether a LoRA adapter's tensors are what its settings say, and fit the base."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tunesmith.cluster.errors import AdapterError
+from tunesmith.serving.documents import is_count
+
+Shape = tuple[int, ...]
+
+_PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(\.default)?(\.weight)?")
+_ROOT = "base_model.model."
+
+
+def lora_rank(config: Mapping[str, Any], shapes: Mapping[str, Shape], max_rank: int) -> int:
+    """The largest rank of an adapter's modules, once every pair of A and B agrees with the settings and each other.
+
+    Args:
+        shapes: of every tensor by its name.
+
+    Raises:
+        AdapterError: names the tensor, the rank or shape expected, and the one found.
+    """
+    ranks = {"r": config.get("r"), **{f"rank_pattern {key}": rank for key, rank in _ranks(config).items()}}
+    for key, rank in ranks.items():
+        if not is_count(rank) or not 1 <= rank <= max_rank:
+            raise AdapterError(
+                f"adapter_config.json: {key} is {str(rank)[:40]}; expected 1 to {max_rank}",
+                "The largest rank that may enter is max_rank of the base.",
+            )
+    pairs = lora_pairs(shapes)
+    if not pairs:
+        raise AdapterError("adapter_model.safetensors: a LORA adapter without any lora_A and lora_B")
+    found = []
+    for module, (a_name, a, b_name, b) in pairs.items():
+        expected = _expected_rank(config, module)
+        several = bool(config.get("target_parameters")) and a[0] % expected == 0  # one rank for each expert
+        if a[0] != expected and not several:
+            raise AdapterError(
+                f"{a_name}: shape {list(a)}; its rank is {a[0]}, but adapter_config.json says {expected}"
+            )
+        if len(b) < 2 or b[1] != a[0]:
+            raise AdapterError(f"{b_name}: shape {list(b)} does not multiply with {a_name} {list(a)}")
+        found.append(a[0])
+    return max(found)
+
+
+def lora_pairs(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, Shape, str, Shape]]:
+    """By module: the names and shapes of A `(R, in)` and B `(out, R)`; an embedding's too.
+
+    Raises:
+        AdapterError: one of the two is missing, or a tensor has no matrix's shape.
+    """
+    parts: dict[str, dict[str, tuple[str, Shape]]] = {}
+    for name, shape in shapes.items():
+        if match := _PART.fullmatch(name):
+            side = match["part"][-1]
+            of_module = parts.setdefault(match["module"], {})
+            if side in of_module:
+                raise AdapterError(f"{name}: {of_module[side][0]} is the lora_{side} of this module already")
+            if len(shape) < 2:
+                raise AdapterError(f"{name}: shape {list(shape)} is no matrix")
+            of_module[side] = (name, shape)
+    pairs = {}
+    for module, of_module in parts.items():
+        if of_module.keys() != {"A", "B"}:
+            (there, (name, _)) = next(iter(of_module.items()))
+            raise AdapterError(f"{name}: there is no lora_{'B' if there == 'A' else 'A'} for it")
+        pairs[module] = (*of_module["A"], *of_module["B"])
+    return pairs
+
+
+def check_fit(config: Mapping[str, Any], shapes: Mapping[str, Shape], base: Mapping[str, Shape]) -> None:
+    """Compares every module that has a LoRA with the weight of the base that it is added to.
+
+    Args:
+        base: shape of every weight of the base by its name.
+
+    Raises:
+        AdapterError: the base has no such module, or one of another shape.
+    """
+    weights = _Weights(base)
+    for module, (a_name, a, b_name, b) in lora_pairs(shapes).items():
+        path = module.removeprefix(_ROOT)
+        if weights.holds_experts_of(path):  # stacked under another name when they are loaded
+            continue
+        of_base = weights.shapes(path)
+        if not of_base:
+            raise AdapterError(f"{a_name}: the base has no module {path}", "It was trained on another base.")
+        product, transposed = (b[0], a[1]), (a[1], b[0])  # embeddings and Conv1D keep theirs the other way round
+        fits = {product, transposed} if "embedding" in a_name or config.get("fan_in_fan_out") else {product}
+        is_matrix = len(a) == len(b) == 2 and all(len(shape) == 2 for shape in of_base)
+        if is_matrix and not fits & of_base:
+            raise AdapterError(
+                f"{b_name}: adds {list(product)} to {path}, which is {list(min(of_base))} in the base",
+                "It was trained on another base.",
+            )
+
+
+class _Weights:
+    """The base's weights by the ends of their names, because a file may leave out a prefix that the model has."""
+
+    def __init__(self, shapes: Mapping[str, Shape]) -> None:
+        self._names = [name.removesuffix(".weight") for name in shapes]
+        self._by_end: dict[str, set[Shape]] = {}
+        for name, shape in zip(self._names, shapes.values(), strict=True):
+            words = name.split(".")
+            for n in range(len(words)):
+                self._by_end.setdefault(".".join(words[n:]), set()).add(shape)
+
+    def shapes(self, path: str) -> set[Shape]:
+        """Of a module's weight: several when the path says too little, none when there is no such module."""
+        words = path.split(".")
+        layer = next((n for n, word in enumerate(words) if word.isdigit()), len(words))
+        for n in range(max(layer, 1)):  # at least the word before the layer's number stays
+            if found := self._by_end.get(".".join(words[n:])):
+                return found
+        tied = words[-1] == "lm_head"  # to the embeddings, and then in no file
+        return self._by_end.get("embed_tokens", set()) if tied else set()
+
+    def holds_experts_of(self, path: str) -> bool:
+        """Whether a path leads to experts that the file names otherwise."""
+        before, experts, _ = path.partition(".experts")
+        return bool(experts) and not self.shapes(path) and any(f"{before}.experts." in name for name in self._names)
+
+
+def _ranks(config: Mapping[str, Any]) -> dict[str, Any]:
+    pattern = config.get("rank_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise AdapterError(f"adapter_config.json: rank_pattern is {type(pattern).__name__}, not an object")
+    return pattern
+
+
+def _expected_rank(config: Mapping[str, Any], module: str) -> int:
+    """As PEFT looks it up: the first pattern that fits the end of the module's name, else r."""
+    path = module.removeprefix(_ROOT)
+    for pattern, rank in _ranks(config).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return rank
+    return int(config["r"])
