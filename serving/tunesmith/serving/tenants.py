@@ -11,30 +11,18 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 from tunesmith.cluster.errors import RegistryError, RequestError, UsageError
 from tunesmith.serving.config import NAME, Limits
+from tunesmith.serving.statelog import State, StateLog
 
 Scope = Literal["infer", "admin"]
-State = dict[str, Any]
 
 _HEADER = re.compile(r"[Bb]earer +ts-([0-9a-f]{12})-([0-9a-f]{64})")
 _NOBODY = {"salt": "", "hash": "0" * 64}  # compared with for an unknown id, so that both take the same time
-
-
-class StateLog(Protocol):
-    """The durable state that keys live in (`statelog.StateLog`)."""
-
-    def read(self) -> tuple[int, State]:
-        """Generation and state; `(0, {})` before the first."""
-        ...
-
-    def update(self, change: Callable[[State], State]) -> tuple[int, State]:
-        """Applies a change to the newest state, again when another writer was faster."""
-        ...
 
 
 @dataclass(frozen=True)

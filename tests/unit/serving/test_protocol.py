@@ -206,3 +206,21 @@ def test_echo_asks_for_the_prompts_log_probabilities_and_scoring_draws_the_one_t
     assert to_asks(completion(logprobs=0), "i", None)[0].sampling.logprobs == 0
     assert to_asks(completion(), "i", None)[0].sampling.prompt_logprobs is None
     refused(completion, max_tokens=0)
+
+
+@pytest.mark.parametrize("type", [ChatRequest, CompletionRequest, EmbeddingRequest])
+def test_every_field_is_documented_for_openapi(type):
+    schema = type.model_json_schema()
+    assert schema["additionalProperties"] is False
+    assert [name for name, field in schema["properties"].items() if not field.get("description")] == []
+
+
+def test_the_document_shows_every_shape_that_is_taken():
+    stop = ChatRequest.model_json_schema()["properties"]["stop"]
+    assert {"string", "array", "null"} == {one["type"] for one in _flat(stop)}
+    content = ChatRequest.model_json_schema()["$defs"]["ChatMessage"]["properties"]["content"]
+    assert {"string", "array"} == {one["type"] for one in _flat(content)}
+
+
+def _flat(schema: dict) -> list[dict]:
+    return [leaf for one in schema["anyOf"] for leaf in _flat(one)] if "anyOf" in schema else [schema]

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import pytest
 
 from tunesmith.cluster.errors import RegistryError, RequestError, UsageError
 from tunesmith.serving.config import Limits
+from tunesmith.serving.statelog import StateLog
 from tunesmith.serving.tenants import Keys, Tenant
 
 NOW = 1_700_000_000.0
 
 
-class MemoryLog:
-    """A state in memory, with the interface of `statelog.StateLog`."""
-
-    def __init__(self) -> None:
-        self.generation, self.state = 0, {}
-
-    def read(self) -> tuple[int, dict[str, Any]]:
-        return self.generation, copy.deepcopy(self.state)
-
-    def update(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> tuple[int, dict[str, Any]]:
-        changed = json.loads(json.dumps(change(self.read()[1])))
-        self.generation, self.state = self.generation + 1, changed
-        return self.read()
-
-
 @pytest.fixture
-def log() -> MemoryLog:
-    return MemoryLog()
+def log(tmp_path: Path) -> StateLog:
+    return StateLog(str(tmp_path), "keys")
 
 
 def refused(keys: Keys, header: str | None, now: float = NOW, scope="infer") -> RequestError:
@@ -42,7 +26,7 @@ def refused(keys: Keys, header: str | None, now: float = NOW, scope="infer") -> 
     return caught.value
 
 
-def test_a_key_is_its_tenants_with_what_it_was_given(log: MemoryLog):
+def test_a_key_is_its_tenants_with_what_it_was_given(log: StateLog):
     limits = Limits(requests_per_minute=5)
     key = Keys(log).create("acme", NOW, scopes=["infer", "admin"], models=["b", "a"], expires=NOW + 9, limits=limits)
     reader = Keys(log)
@@ -55,15 +39,15 @@ def test_a_key_is_its_tenants_with_what_it_was_given(log: MemoryLog):
     assert reader.authenticate(f"bearer {key}", NOW).sees("b")
 
 
-def test_the_secret_is_nowhere_in_the_state_or_the_list(log: MemoryLog):
+def test_the_secret_is_nowhere_in_the_state_or_the_list(log: StateLog):
     keys = Keys(log)
     key = keys.create("acme", NOW)
     secret = key.split("-")[2]
     assert len(secret) == 64, "256 bits as hex"
-    assert secret not in json.dumps(log.state)
+    assert secret not in json.dumps(log.read()[1])
     listed = json.dumps(keys.entries())
     assert secret not in listed
-    assert log.state["keys"][key.split("-")[1]]["hash"] not in listed
+    assert log.read()[1]["keys"][key.split("-")[1]]["hash"] not in listed
     assert "salt" not in listed
 
 
@@ -82,13 +66,13 @@ def test_the_secret_is_nowhere_in_the_state_or_the_list(log: MemoryLog):
         "B" * 10**6,
     ],
 )
-def test_what_is_no_key_is_401(log: MemoryLog, header: str | None):
+def test_what_is_no_key_is_401(log: StateLog, header: str | None):
     keys = Keys(log)
     keys.create("acme", NOW)
     assert refused(keys, header).status == 401
 
 
-def test_every_wrong_secret_of_a_real_id_is_401_and_says_no_more_than_for_an_unknown_id(log: MemoryLog):
+def test_every_wrong_secret_of_a_real_id_is_401_and_says_no_more_than_for_an_unknown_id(log: StateLog):
     keys = Keys(log)
     key = keys.create("acme", NOW)
     wrong = key[:-1] + ("0" if key[-1] != "0" else "1")
@@ -98,7 +82,7 @@ def test_every_wrong_secret_of_a_real_id_is_401_and_says_no_more_than_for_an_unk
     keys.authenticate(f"Bearer {key}", NOW)
 
 
-def test_a_key_ends_when_it_expires_or_is_revoked(log: MemoryLog):
+def test_a_key_ends_when_it_expires_or_is_revoked(log: StateLog):
     keys = Keys(log)
     short, long = keys.create("acme", NOW, expires=NOW + 60), keys.create("acme", NOW)
     keys.authenticate(f"Bearer {short}", NOW + 59.9)
@@ -112,7 +96,7 @@ def test_a_key_ends_when_it_expires_or_is_revoked(log: MemoryLog):
     assert refused(other, f"Bearer {long}").status == 401
 
 
-def test_revoking_twice_keeps_the_first_time_and_an_unknown_id_is_an_error(log: MemoryLog):
+def test_revoking_twice_keeps_the_first_time_and_an_unknown_id_is_an_error(log: StateLog):
     keys = Keys(log)
     id = keys.create("acme", NOW).split("-")[1]
     keys.revoke(id, NOW + 1)
@@ -122,7 +106,7 @@ def test_revoking_twice_keeps_the_first_time_and_an_unknown_id_is_an_error(log: 
         keys.revoke("ffff", NOW)
 
 
-def test_a_key_without_the_scope_is_403(log: MemoryLog):
+def test_a_key_without_the_scope_is_403(log: StateLog):
     keys = Keys(log)
     key = keys.create("acme", NOW)
     error = refused(keys, f"Bearer {key}", scope="admin")
@@ -140,8 +124,8 @@ def test_a_key_without_the_scope_is_403(log: MemoryLog):
         {"expires": NOW},
     ],
 )
-def test_keys_that_make_no_sense_are_not_made(log: MemoryLog, wrong: dict):
+def test_keys_that_make_no_sense_are_not_made(log: StateLog, wrong: dict):
     arguments = {"tenant": "acme", **wrong}
     with pytest.raises(UsageError):
         Keys(log).create(arguments.pop("tenant"), NOW, **arguments)
-    assert log.state == {}
+    assert log.read()[1] == {}
