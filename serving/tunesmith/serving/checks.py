@@ -21,7 +21,7 @@ from tunesmith.cluster.storage import MANIFEST, FileRecord
 from tunesmith.serving.bases import BaseFacts
 from tunesmith.serving.documents import parse_json, refuse_code
 from tunesmith.serving.lora import check_fit, lora_rank
-from tunesmith.serving.weights import check_finite, read_header
+from tunesmith.serving.tensors import check_finite, read_header
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"

@@ -85,9 +85,9 @@ def check_fit(config: Mapping[str, Any], shapes: Mapping[str, Shape], base: Mapp
     weights = _Weights(base)
     for module, (a_name, a, b_name, b) in lora_pairs(shapes).items():
         path = module.removeprefix(_ROOT)
-        if weights.holds_experts_of(path):  # stacked under another name when they are loaded
-            continue
         of_base = weights.shapes(path)
+        if not of_base and weights.renames_in_layer_of(path):
+            continue
         if not of_base:
             raise AdapterError(f"{a_name}: the base has no module {path}", "It was trained on another base.")
         product, transposed = (b[0], a[1]), (a[1], b[0])  # embeddings and Conv1D keep theirs the other way round
@@ -121,10 +121,10 @@ class _Weights:
         tied = words[-1] == "lm_head"  # to the embeddings, and then in no file
         return self._by_end.get("embed_tokens", set()) if tied else set()
 
-    def holds_experts_of(self, path: str) -> bool:
-        """Whether a path leads to experts that the file names otherwise."""
-        before, experts, _ = path.partition(".experts")
-        return bool(experts) and not self.shapes(path) and any(f"{before}.experts." in name for name in self._names)
+    def renames_in_layer_of(self, path: str) -> bool:
+        """Whether a path's layer has experts, which are stacked, and their block renamed, when the file is loaded."""
+        layer = re.search(r"[^.]+\.\d+\.", path)
+        return layer is not None and any(layer[0] in name and ".experts." in name for name in self._names)
 
 
 def _ranks(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,8 +32,8 @@ from tunesmith.cluster.storage import (
 from tunesmith.serving.catalog import Catalog, Resolved, Version, as_state, check_name
 from tunesmith.serving.checks import Rules, admissible, judged
 from tunesmith.serving.statelog import State, StateLog
+from tunesmith.serving.tensors import copy_bounded
 from tunesmith.serving.versions import open_versions
-from tunesmith.serving.weights import copy_bounded
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from tiny_adapters import BASE_DIGEST, BASE_SHAPES, settings, tensors
 
 from tunesmith.cluster.errors import AdapterError
 from tunesmith.cluster.storage import manifest_digest
-from tunesmith.serving.bases import BaseFacts, read_base
+from tunesmith.serving.bases import BaseFacts
 from tunesmith.serving.checks import Rules
 from tunesmith.serving.registry import Registry
 
@@ -351,18 +351,3 @@ def test_the_base_is_known_from_the_manifest_the_operator_or_nobody(tmp_path: Pa
     catalog = registry.read()[1]
     assert catalog.adapter("a").versions[0].base_digest == BASE_DIGEST
     assert catalog.adapter("b").versions[0].base_digest is None
-
-
-def test_a_bases_folder_tells_its_shapes_and_digest_as_training_does(tmp_path: Path) -> None:
-    from safetensors.numpy import save_file
-
-    from tunesmith.cluster.base import digest, tensor_shapes
-
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    for n in range(2):
-        save_file({f"model.layers.{n}.w.weight": np.zeros((n + 1, 3), "f4")}, tmp_path / f"model-{n}.safetensors")
-    facts = read_base(tmp_path)
-    assert facts.digest == digest(tmp_path, tmp_path / "cache")
-    assert facts.shapes == {name: tuple(shape) for name, shape in tensor_shapes(tmp_path).items()}
-    (tmp_path / "config.json").write_text('{"quantization_config": {"bits": 4}}')
-    assert read_base(tmp_path).shapes is None, "packed numbers have another shape than the module"
