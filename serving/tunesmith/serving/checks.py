@@ -269,7 +269,7 @@ def _checked_settings(config: Any) -> str:
 
 def _check_pattern(key: str, pattern: str) -> None:
     """Refuses regular expressions that can take for ever: PEFT tries them on every module's name."""
-    repeats = len(re.findall(r"[*+]|\{\d*,", pattern))
+    repeats = len(re.findall(r"[*+]|\{\d*,|(?<![(*+?}])\?", pattern))
     if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or re.search(r"\)\s*[*+{]", pattern):
         raise AdapterError(
             f"{SETTINGS}: {key} {pattern[:60]!r} could be matched for ever: {len(pattern)} characters, {repeats} "

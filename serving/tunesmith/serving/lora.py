@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tunesmith.cluster.errors import AdapterError
@@ -13,6 +13,8 @@ Shape = tuple[int, ...]
 
 _PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(\.default)?(\.weight)?")
 _ROOT = "base_model.model."
+_REPEATS = re.compile(r"[*+?{]")
+_MOST_LOOKUPS = 2_000_000
 
 
 def lora_rank(config: Mapping[str, Any], shapes: Mapping[str, Shape], max_rank: int) -> int:
@@ -34,14 +36,19 @@ def lora_rank(config: Mapping[str, Any], shapes: Mapping[str, Shape], max_rank: 
     pairs = lora_pairs(shapes)
     if not pairs:
         raise AdapterError("adapter_model.safetensors: a LORA adapter without any lora_A and lora_B")
+    if len(pairs) * len(ranks) > _MOST_LOOKUPS:
+        raise AdapterError(
+            f"adapter_config.json: rank_pattern of {len(ranks) - 1:,} entries for {len(pairs):,} modules",
+            f"Their product may be {_MOST_LOOKUPS:,}.",
+        )
+    possible = _possible_ranks(config)
     found = []
     for module, (a_name, a, b_name, b) in pairs.items():
-        expected = _expected_rank(config, module)
-        several = bool(config.get("target_parameters")) and a[0] % expected == 0  # one rank for each expert
-        if a[0] != expected and not several:
-            raise AdapterError(
-                f"{a_name}: shape {list(a)}; its rank is {a[0]}, but adapter_config.json says {expected}"
-            )
+        expected = possible(module)
+        several = config.get("target_parameters") and any(a[0] % rank == 0 for rank in expected)  # one for each expert
+        if a[0] not in expected and not several:
+            said = " or ".join(map(str, sorted(expected)))
+            raise AdapterError(f"{a_name}: shape {list(a)}; its rank is {a[0]}, but adapter_config.json says {said}")
         if len(b) < 2 or b[1] != a[0]:
             raise AdapterError(f"{b_name}: shape {list(b)} does not multiply with {a_name} {list(a)}")
         found.append(a[0])
@@ -134,10 +141,23 @@ def _ranks(config: Mapping[str, Any]) -> dict[str, Any]:
     return pattern
 
 
-def _expected_rank(config: Mapping[str, Any], module: str) -> int:
-    """As PEFT looks it up: the first pattern that fits the end of the module's name, else r."""
-    path = module.removeprefix(_ROOT)
-    for pattern, rank in _ranks(config).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return rank
-    return int(config["r"])
+def _possible_ranks(config: Mapping[str, Any]) -> Callable[[str], set[int]]:
+    """The ranks that the settings leave a module, found as PEFT looks them up: the first pattern that fits, else r.
+
+    A pattern with repetitions may take for ever on a hostile name and is not tried: its rank stays possible.
+    """
+    patterns = [
+        (None if _REPEATS.search(pattern) else re.compile(rf"(.*\.)?({pattern})$"), rank)
+        for pattern, rank in _ranks(config).items()
+    ]
+
+    def of(module: str) -> set[int]:
+        path, found = module.removeprefix(_ROOT), set()
+        for pattern, rank in patterns:
+            if pattern is None:
+                found.add(rank)
+            elif pattern.match(path):
+                return {*found, rank}
+        return {*found, int(config["r"])}
+
+    return of

@@ -182,6 +182,15 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     "a rank pattern that is no table": (config(rank_pattern=[1]), r"rank_pattern is \[1\]; expected an object"),
     "a pattern that never ends": (config(target_modules="(a+)+$"), r"target_modules '\(a\+\)\+\$' could be matched for ever"),
     "a rank pattern that never ends": (config(rank_pattern={"(a|a)*": 4}), "rank_pattern .* could be matched for ever"),
+    "a pattern of many questions": (config(target_modules="a?" * 9 + "a" * 9), "9 repetitions"),
+    "more patterns than can be looked up": (
+        lambda folder: tiny_adapters.plain(folder, tensors(layers=99), settings(rank_pattern={f"x{n}": 4 for n in range(11_000)})),
+        "rank_pattern of 11,000 entries for 198 modules",
+    ),
+    "a rank that a wild pattern does not allow either": (
+        config(r=8, rank_pattern={".*v_proj": 16}),
+        r"q_proj.* its rank is 4, but .* says 8 or 16",
+    ),
     "a pattern of many stars": (config(exclude_modules=".*a" * 9), "9 repetitions"),
     "a pattern that is none": (config(rank_pattern={"(": 4}), r"rank_pattern '\(' is no regular expression"),
     "an A without its B": (weights(lora_B__weight=None), "there is no lora_B for it"),

@@ -76,3 +76,8 @@ def test_stacked_experts_have_one_rank_for_each() -> None:
     assert lora_rank({"r": 2, "target_parameters": ["mlp.experts.up"]}, shapes, 64) == 16
     with pytest.raises(AdapterError, match="its rank is 16"):
         lora_rank({"r": 2}, shapes, 64)
+
+
+def test_a_pattern_with_repetitions_is_never_tried_on_a_hostile_name() -> None:
+    shapes = lora("a" * 400, 6, 4, 8)
+    assert lora_rank({"r": 2, "rank_pattern": {".*a" * 6 + "b": 8}}, shapes, 64) == 8
