@@ -45,13 +45,14 @@ def lora_rank(config: Mapping[str, Any], shapes: Mapping[str, Shape], max_rank: 
     found = []
     for module, (a_name, a, b_name, b) in pairs.items():
         expected = possible(module)
-        several = config.get("target_parameters") and any(a[0] % rank == 0 for rank in expected)  # one for each expert
-        if a[0] not in expected and not several:
+        # several experts' matrices stand in one tensor when a parameter is the target
+        fitting = [rank for rank in expected if a[0] == rank or (config.get("target_parameters") and a[0] % rank == 0)]
+        if not fitting:
             said = " or ".join(map(str, sorted(expected)))
             raise AdapterError(f"{a_name}: shape {list(a)}; its rank is {a[0]}, but adapter_config.json says {said}")
         if len(b) < 2 or b[1] != a[0]:
             raise AdapterError(f"{b_name}: shape {list(b)} does not multiply with {a_name} {list(a)}")
-        found.append(a[0])
+        found.append(max(fitting))
     return max(found)
 
 

@@ -68,7 +68,9 @@ def test_every_shape_of_lora_enters_on_its_base_and_on_no_wider_one(
 
 
 @pytest.mark.parametrize("base", ["mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("targets", [{"target_modules": ["q_proj"]}, {"target_parameters": ["experts.down_proj"]}])
+@pytest.mark.parametrize(
+    "targets", [{"target_modules": ["q_proj"]}, {"target_parameters": ["experts.down_proj"]}, {"target_modules": ALL}]
+)
 def test_experts_enter(tmp_path: Path, bases: dict[str, Path], base: str, targets: dict[str, Any]) -> None:
     lora = LoraConfig(r=4, task_type="CAUSAL_LM", **targets)
     offer(tmp_path / "registry", Path(make_adapter(bases[base], tmp_path / "adapter", lora).folder), bases[base])
