@@ -140,6 +140,8 @@ class Http(Section):
     """Address; only this machine reaches the default."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port; 0 takes a free one."""
+    gateways: PositiveInt = 1
+    """Processes that take requests."""
     max_body_mib: PositiveFloat = 4.0
     """Larger requests are refused unread."""
     auth: Literal["keys", "none"] = "keys"

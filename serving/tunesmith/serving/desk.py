@@ -269,6 +269,15 @@ class Desk:
             raise RequestError(str(error), 409 if arguments.get("expected") else 404) from error
         return {"generation": self._generation, "adapters": self._catalog.model_dump(mode="json")["adapters"]}
 
+    def metrics(self, authorization: str | None) -> str:
+        """For Prometheus, to operators.
+
+        Raises:
+            RequestError: 401 or 403.
+        """
+        self.tenant(authorization, "admin")
+        return ""
+
     def at_work(self) -> dict[str, dict[str, int]]:
         """Requests that wait for a slot, and all that are open."""
         waiting = {name: gate.queue.waiting for name, gate in self._gates.items()}

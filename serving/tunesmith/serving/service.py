@@ -1,0 +1,302 @@
+"""The service on Ray: one desk, an engine deployment for each base, and the gateways before them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from tunesmith.cluster.base import BaseRef, find_base
+from tunesmith.cluster.errors import AdapterError, RequestError, StorageError
+from tunesmith.serving.config import Base, Serve
+from tunesmith.serving.desk import Desk, Entry, Route, capacity
+from tunesmith.serving.engines.protocol import Ask, Piece, Version
+from tunesmith.serving.gateway import Gateway
+from tunesmith.serving.registry import Registry
+
+APPLICATION = "tunesmith"
+DESK = "tunesmith-desk"
+HEARTBEAT_S = 2.0
+DESK_PATIENCE_S = 15.0
+"""How long requests wait for a desk that is being restarted."""
+TRIES = 3
+"""Of a request that has brought nothing yet, on a replica that died under it."""
+
+
+def engine_kind(base: Base) -> str:
+    """Which engine runs a base: what it says, or the fast one where it is installed and can."""
+    if base.engine != "auto":
+        return base.engine
+    from importlib.util import find_spec
+
+    return "vllm" if find_spec("vllm") and base.quantization is None else "transformers"
+
+
+class EngineReplica:
+    """One copy of an engine, in a process of its own."""
+
+    def __init__(self, name: str, ref: BaseRef, settings: dict[str, Any], registry: str) -> None:
+        base = Base(**settings)
+        if engine_kind(base) == "vllm":
+            from tunesmith.serving.engines.vllm import VllmEngine as Engine
+        else:
+            from tunesmith.serving.engines.transformers import TransformersEngine as Engine
+        self._engine: Any = Engine(name, ref, base)
+        self._registry = Registry(registry)
+        self._cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "adapters"
+        self._folders: dict[str, str] = {}
+        self._start: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
+
+    async def __ray_ready__(self) -> None:
+        """Serve waits for nothing here; see `check_health`."""
+
+    async def check_health(self) -> None:
+        """Starts the engine at first, and raises when it has died."""
+        await self._started()
+        if hasattr(self._engine, "check_health"):
+            await self._engine.check_health()
+
+    async def _started(self) -> None:
+        async with self._starting:
+            if self._start is None:
+                self._start = asyncio.create_task(self._engine.start())
+            await self._start
+
+    async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
+        """See `Engine.generate`; the version's folder is this replica's own copy."""
+        await self._started()
+        async with contextlib.aclosing(self._engine.generate(await self._local(ask))) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def embed(self, prompts: Any, version: Version | None) -> list[list[float]]:
+        """See `Engine.embed`."""
+        await self._started()
+        return await self._engine.embed(prompts, await self._copied(version))
+
+    async def _local(self, ask: Ask) -> Ask:
+        from dataclasses import replace
+
+        return ask if ask.version is None else replace(ask, version=await self._copied(ask.version))
+
+    async def _copied(self, version: Version | None) -> Version | None:
+        if version is None:
+            return None
+        if version.digest not in self._folders:
+            try:
+                folder = await asyncio.to_thread(self._registry.fetch, version.digest, self._cache)
+            except (StorageError, AdapterError) as error:
+                raise RequestError(f"version {version.digest[:12]} cannot be read: {error}", 503) from error
+            self._folders[version.digest] = str(folder)
+        return Version(version.digest, self._folders[version.digest])
+
+
+class DeskActor:
+    """The desk in an actor of its own: `tunesmith-desk`."""
+
+    def __init__(self, config: dict[str, Any], digests: dict[str, str]) -> None:
+        checked = Serve(**config)
+        self._desk = Desk(checked, digests, *capacity(checked))
+        self._looking: asyncio.Task[None] | None = None
+
+    async def enter(self, entry: Entry) -> Route:
+        """See `Desk.enter`."""
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._desk.keep_looking())
+        return await self._desk.enter(entry)
+
+    async def leave(self, id: str, used: int) -> None:
+        """See `Desk.leave`."""
+        await self._desk.leave(id, used)
+
+    async def hear(self, gateway: str) -> None:
+        """See `Desk.hear`."""
+        self._desk.hear(gateway)
+
+    async def models(self, authorization: str | None) -> list[tuple[str, str]]:
+        """See `Desk.models`."""
+        return self._desk.models(authorization)
+
+    async def admin(self, authorization: str | None, change: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """See `Desk.admin`."""
+        return self._desk.admin(authorization, change, arguments)
+
+    async def metrics(self, authorization: str | None) -> str:
+        """For Prometheus."""
+        return self._desk.metrics(authorization)
+
+
+class RayBackend:
+    """The desk and the engines, as a gateway reaches them."""
+
+    def __init__(self, engines: dict[str, DeploymentHandle], gateway: str) -> None:
+        self._engines, self._gateway = engines, gateway
+        self._desk: Any = ray.get_actor(DESK)
+        self._beating: asyncio.Task[None] | None = None
+
+    async def enter(self, entry: Entry) -> Route:
+        """See `Desk.enter`."""
+        if self._beating is None:
+            self._beating = asyncio.create_task(self._beat())
+        return await self._at_desk("enter", entry)
+
+    def leave(self, id: str, used: int) -> None:
+        """See `Desk.leave`; not waited for."""
+        self._desk.leave.remote(id, used)
+
+    async def models(self, authorization: str | None) -> list[tuple[str, str]]:
+        """See `Desk.models`."""
+        return await self._at_desk("models", authorization)
+
+    async def admin(self, authorization: str | None, change: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """See `Desk.admin`."""
+        return await self._at_desk("admin", authorization, change, arguments)
+
+    async def metrics(self, authorization: str | None) -> str:
+        """See `Desk.metrics`."""
+        return await self._at_desk("metrics", authorization)
+
+    async def ready(self) -> bool:
+        """Whether the desk answers and every base has a replica."""
+        try:
+            async with asyncio.timeout(5):
+                await self._desk.hear.remote(self._gateway)
+        except (TimeoutError, RayActorError):
+            return False
+        return True
+
+    async def generate(self, base: str, ask: Ask) -> AsyncIterator[Piece]:
+        """Pieces from any replica; one that dies before its first piece is replaced by another.
+
+        Raises:
+            RequestError: 503, no replica is left or its queue is full.
+        """
+        for attempt in range(TRIES):
+            stream: Any = self._engines[base].options(stream=True).generate.remote(ask)
+            has_begun = False
+            try:
+                async for piece in stream:
+                    has_begun = True
+                    yield piece
+            except (ActorDiedError, ActorUnavailableError, DeploymentUnavailableError) as error:
+                if has_begun or attempt + 1 == TRIES:
+                    raise RequestError("the engine died while it answered", 503, retry_after=5) from error
+            except Exception as error:
+                raise as_request_error(error) from error
+            else:
+                return
+            finally:
+                stream.cancel()  # a client that has left gives its slot back at once
+
+    async def embed(self, base: str, prompts: Any, version: Version | None) -> list[list[float]]:
+        """See `Engine.embed`."""
+        try:
+            return await self._engines[base].embed.remote(prompts, version)
+        except Exception as error:
+            raise as_request_error(error) from error
+
+    async def _at_desk(self, method: str, *arguments: Any) -> Any:
+        try:
+            async with asyncio.timeout(DESK_PATIENCE_S) as patience:
+                while True:
+                    try:
+                        call = getattr(self._desk, method).remote(*arguments)
+                        if method == "enter":  # may wait its turn for longer; the desk itself bounds that
+                            patience.reschedule(None)
+                        return await call
+                    except (ActorDiedError, ActorUnavailableError):  # it is being restarted
+                        patience.reschedule(asyncio.get_running_loop().time() + DESK_PATIENCE_S)
+                        await asyncio.sleep(0.2)
+        except TimeoutError as error:
+            raise RequestError("the service is restarting", 503, retry_after=5) from error
+        except RayTaskError as error:
+            raise as_request_error(error) from error
+
+    async def _beat(self) -> None:
+        while True:
+            with contextlib.suppress(RayActorError):  # a desk that restarts hears the next beat
+                await self._desk.hear.remote(self._gateway)
+            await asyncio.sleep(HEARTBEAT_S)
+
+
+def as_request_error(error: BaseException) -> RequestError:
+    """What a client is told of an error from another process."""
+    cause: BaseException = error.cause if isinstance(error, RayTaskError) else error  # type: ignore[assignment]
+    if isinstance(cause, RequestError):
+        return RequestError(*cause.args)
+    if isinstance(cause, AdapterError):
+        return RequestError(str(cause), 422, "model", "adapter_not_served")
+    if isinstance(cause, BackPressureError):
+        return RequestError("too many requests are waiting", 503, retry_after=2)
+    return RequestError(f"the engine failed: {type(cause).__name__}", 500, code="engine_error")
+
+
+def find_bases(config: Serve, output: Path) -> dict[str, BaseRef]:
+    """Every base's folder and digest.
+
+    Raises:
+        ModelError: one cannot be found.
+    """
+    return {name: find_base(base.path, None, output) for name, base in config.bases.items()}
+
+
+def deploy(config: Serve, bases: dict[str, BaseRef]) -> None:
+    """Starts the service on the Ray that this process is connected to, and waits until it answers.
+
+    Raises:
+        RuntimeError: an engine does not start; the text is its own.
+    """
+    registry = config.registry if "://" in config.registry else str(Path(config.registry).absolute())
+    plain = config.model_dump(mode="json") | {"registry": registry}
+    digests = {name: ref.digest for name, ref in bases.items()}
+    ray.remote(DeskActor).options(
+        name=DESK, lifetime="detached", max_restarts=-1, max_concurrency=10_000, num_cpus=0, get_if_exists=True
+    ).remote(plain, digests)  # type: ignore[attr-defined]
+    engines = {}
+    for name, base in config.bases.items():
+        scale: dict[str, Any] = {"num_replicas": base.replicas}
+        if base.autoscaling is not None:
+            scale = {"autoscaling_config": base.autoscaling.model_dump()}
+        deployment = serve.deployment(EngineReplica).options(  # type: ignore[attr-defined]
+            name=f"engine-{name}",
+            ray_actor_options={"num_cpus": base.cpus, "num_gpus": base.gpus},
+            max_ongoing_requests=base.max_batch + base.max_queue,
+            max_queued_requests=base.max_queue * 4,
+            health_check_period_s=2,
+            health_check_timeout_s=300,
+            graceful_shutdown_timeout_s=60,
+            **scale,
+        )
+        engines[name] = deployment.bind(name, bases[name], base.model_dump(), registry)
+    gateway = serve.deployment(GatewayReplica).options(  # type: ignore[attr-defined]
+        name="gateway",
+        num_replicas=config.http.gateways,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=10_000,
+        graceful_shutdown_timeout_s=60,
+    )
+    serve.start(http_options={"host": config.http.host, "port": config.http.port})
+    serve.run(gateway.bind(plain, engines), name=APPLICATION, route_prefix="/")
+
+
+@serve.ingress()
+class GatewayReplica:
+    """One gateway, in a process of its own."""
+
+    def __init__(self, config: dict[str, Any], engines: dict[str, DeploymentHandle]) -> None:
+        self._config, self._engines = Serve(**config), engines
+
+    def __serve_build_asgi_app__(self) -> Any:
+        name = uuid.uuid4().hex
+        return Gateway(self._config, RayBackend(self._engines, name), name).app()
