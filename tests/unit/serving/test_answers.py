@@ -211,14 +211,14 @@ def test_the_strict_client_takes_completions_models_embeddings_and_errors():
 
 
 @openai_needed
-def test_only_openais_own_nulls_stay_outside_of_the_clients_types():
-    """What OpenAI's server sends although its client's types know no null there; see the module's docstring."""
-    from openai.types import Completion
+def test_only_openais_own_shapes_stay_outside_of_the_clients_types():
+    """What the server of OpenAI sends although its client has other types there; see the module's docstring."""
+    from openai.types import Completion, CreateEmbeddingResponse
     from pydantic import ValidationError
 
-    def mistakes(data: dict) -> set[str]:
+    def mistakes(data: dict, type: Any = Completion) -> set[str]:
         try:
-            Completion.model_validate(data)
+            type.model_validate(data)
         except ValidationError as error:
             return {".".join(map(str, one["loc"])) for one in error.errors()}
         return set()
@@ -231,3 +231,5 @@ def test_only_openais_own_nulls_stay_outside_of_the_clients_types():
     answer = Answer(prompt=(FIRST, A), finish="stop")
     echoed = completion_answer(HEAD, [[answer]], logprobs=True, echo=True, prompts=["xa"])
     assert mistakes(echoed) == {"choices.0.logprobs.token_logprobs.0", "choices.0.logprobs.top_logprobs.0"}
+    assert mistakes(embedding_answer("m", [[0.5]], 1, "base64"), CreateEmbeddingResponse) == {"data.0.embedding"}
+    assert mistakes(embedding_answer("m", [[0.5]], 1, None), CreateEmbeddingResponse) == set()
