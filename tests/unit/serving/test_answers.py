@@ -71,7 +71,11 @@ def test_a_streamed_chat_joins_to_the_whole_one():
     assert (texts, roles, finishes) == (["aa", "é"], [1, 1], [["length"], ["stop"]])
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["total_tokens"] == 9
-    assert ChatStream(HEAD, False, False).end() == []
+    plain = ChatStream(HEAD, False, False)
+    text, finish = plain.chunks(Piece(0, "a", 1, 5, "stop"), {"mixture": {"survivor": True}})[1:]
+    assert "mixture" not in text
+    assert finish["mixture"] == {"survivor": True}
+    assert plain.end() == []
 
 
 def test_a_completion_counts_choices_over_prompts_and_offsets_in_characters():
@@ -177,7 +181,7 @@ def test_the_strict_client_takes_chats_whole_and_streamed(logprobs: bool):
     taken = client.chat.completions.create(model="bot", messages=messages)
     assert taken.choices[1].message.content == "é"
     stream = ChatStream(HEAD, logprobs, include_usage=True)
-    chunks = [chunk for piece in PIECES for chunk in stream.chunks(piece)] + stream.end({"mixture": {}})
+    chunks = [chunk for piece in PIECES for chunk in stream.chunks(piece, {"mixture": {}})] + stream.end()
     client = strict_client({"/v1/chat/completions": streamed(chunks)})
     got = list(client.chat.completions.create(model="bot", messages=messages, stream=True))
     assert "".join(one.choices[0].delta.content or "" for one in got[:-1] if one.choices[0].index == 0) == "aa"
