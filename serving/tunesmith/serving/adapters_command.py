@@ -10,12 +10,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.cluster.base import find_base
 from tunesmith.cluster.console import print_json, say, stderr, stdout
 from tunesmith.cluster.errors import UsageError
-from tunesmith.serving.bases import read_base
+from tunesmith.serving.bases import facts_of
 from tunesmith.serving.catalog import SHORTEST_PIN, Adapter, Catalog, Version, as_state
 from tunesmith.serving.checks import Rules
 from tunesmith.serving.registry import Registry
+
+_RUNS = "runs"
+"""Where `run:NAME` looks and hashes of bases are kept, unless a recipe says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Offered:
     artifact: Path
     alias: str | None = None
     owner: str | None = None
-    base: Path | None = None
+    base: str | None = None
     base_digest: str | None = None
     trust_base: bool = False
     max_rank: int = 256
@@ -37,11 +41,11 @@ def add(root: str, offered: Offered, as_json: bool) -> None:
 
     Raises:
         AdapterError, RegistryError: it may not enter; nothing was written.
-        ModelError: `base` is no model folder.
+        ModelError: there is no such base.
         StorageError: writing failed.
     """
     rules = Rules(
-        base=read_base(offered.base) if offered.base else None,
+        base=facts_of(find_base(offered.base, None, _RUNS)) if offered.base else None,
         base_digest=offered.base_digest,
         trust_base=offered.trust_base,
         max_rank=offered.max_rank,

@@ -21,7 +21,7 @@ from tunesmith.cluster.storage import MANIFEST, FileRecord
 from tunesmith.serving.bases import BaseFacts
 from tunesmith.serving.documents import parse_json, refuse_code
 from tunesmith.serving.lora import check_fit, lora_rank
-from tunesmith.serving.weights import check_finite, read_header
+from tunesmith.serving.tensors import check_finite, read_header
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"
@@ -269,7 +269,7 @@ def _checked_settings(config: Any) -> str:
 
 def _check_pattern(key: str, pattern: str) -> None:
     """Refuses regular expressions that can take for ever: PEFT tries them on every module's name."""
-    repeats = len(re.findall(r"[*+]|\{\d*,", pattern))
+    repeats = len(re.findall(r"[*+]|\{\d*,|(?<![(*+?}])\?", pattern))
     if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or re.search(r"\)\s*[*+{]", pattern):
         raise AdapterError(
             f"{SETTINGS}: {key} {pattern[:60]!r} could be matched for ever: {len(pattern)} characters, {repeats} "

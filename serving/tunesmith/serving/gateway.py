@@ -6,10 +6,10 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -18,12 +18,10 @@ from tunesmith.cluster.errors import RequestError
 from tunesmith.serving import answers
 from tunesmith.serving.body import parse_body
 from tunesmith.serving.config import Serve
-from tunesmith.serving.desk import Entry, Route
+from tunesmith.serving.desk import Entry, Route, unknown_model
 from tunesmith.serving.engines.protocol import Ask, Piece, Version
 from tunesmith.serving.limits import estimated_tokens
 from tunesmith.serving.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, to_ask, to_asks
-
-Sent = TypeVar("Sent", ChatRequest, CompletionRequest, EmbeddingRequest)
 
 
 class Backend(Protocol):
@@ -57,175 +55,190 @@ class Turn:
         return answers.Head(self.id, self.route.model, self.created, self.route.fingerprint)
 
 
-def build(config: Serve, backend: Backend, gateway: str) -> FastAPI:
-    """The application.
+class Gateway:
+    """The routes.
 
     Args:
-        gateway: this gateway's own name at the desk.
+        name: this gateway's own name at the desk.
     """
-    app = FastAPI(title="Tunesmith", docs_url=None, redoc_url=None)
-    most = round(config.http.max_body_mib * 2**20)
 
-    @app.exception_handler(RequestError)
-    async def refused(_request: Request, error: RequestError) -> JSONResponse:
-        return JSONResponse(answers.error_answer(error), error.status, answers.error_headers(error))
+    def __init__(self, config: Serve, backend: Backend, name: str) -> None:
+        self._backend, self._name = backend, name
+        self._most = round(config.http.max_body_mib * 2**20)
 
-    @app.exception_handler(404)
-    async def no_route(request: Request, _error: Exception) -> JSONResponse:
-        error = RequestError(f"there is no {request.url.path}", 404, code="unknown_url")
-        return JSONResponse(answers.error_answer(error), 404)
+    def app(self) -> FastAPI:
+        """The application."""
+        app = FastAPI(title="Tunesmith", docs_url=None, redoc_url=None)
+        app.exception_handler(RequestError)(_refused)
+        app.exception_handler(404)(_no_route)
+        app.exception_handler(405)(_no_method)
+        app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest))(self.chat)
+        app.post("/v1/completions", openapi_extra=_body(CompletionRequest))(self.complete)
+        app.post("/v1/embeddings", openapi_extra=_body(EmbeddingRequest))(self.embed)
+        app.get("/v1/models")(self.models)
+        app.get("/v1/models/{model:path}")(self.model)
+        app.get("/healthz")(self.healthz)
+        app.get("/readyz")(self.readyz)
+        app.get("/metrics")(self.metrics)
+        app.get("/admin/adapters")(self.listed)
+        app.put("/admin/adapters/{name}/aliases/{alias}")(self.move)
+        app.put("/admin/adapters/{name}/aliases/{alias}/split")(self.split)
+        app.post("/admin/adapters/{name}/aliases/{alias}/rollback")(self.rollback)
+        app.delete("/admin/adapters/{name}/{what}")(self.remove)
+        return app
 
-    @app.exception_handler(405)
-    async def no_method(request: Request, _error: Exception) -> JSONResponse:
-        error = RequestError(f"{request.url.path} takes no {request.method}", 405, code="method_not_allowed")
-        return JSONResponse(answers.error_answer(error), 405)
-
-    @asynccontextmanager
-    async def turn(request: Request, sent: Any, kind: str, tokens: int) -> AsyncIterator[Turn]:
-        id = f"{kind}-{uuid.uuid4().hex}"
-        entry = Entry(id, gateway, request.headers.get("authorization"), sent.model, sent.user, tokens)
-        taken = Turn(await backend.enter(entry), id, int(time.time()))
-        try:
-            yield taken
-        finally:
-            backend.leave(id, taken.used)
-
-    async def pieces(taken: Turn, ask: Ask) -> AsyncIterator[Piece]:
-        begun: set[int] = set()
-        async with aclosing(backend.generate(taken.route.base, ask)) as stream:  # type: ignore[type-var]
-            async for piece in stream:
-                taken.used += piece.tokens + (0 if begun else piece.prompt_tokens)
-                begun.add(piece.index)
-                yield piece
-
-    @app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest))
-    async def chat(request: Request) -> Response:
-        sent = await _read(request, ChatRequest, most)
-        tokens = estimated_tokens(sent.conversation) + sent.answers * (
-            sent.max_completion_tokens or sent.max_tokens or 0
-        )
+    async def chat(self, request: Request) -> Response:
+        """A conversation goes on."""
+        sent = parse_body(await _bytes(request, self._most), ChatRequest, self._most)
+        most = sent.max_completion_tokens or sent.max_tokens or 0
+        tokens = estimated_tokens(sent.conversation) + sent.answers * most
         async with AsyncExitStack() as stack:
-            taken = await stack.enter_async_context(turn(request, sent, "chatcmpl", tokens))
-            ask = to_ask(sent, taken.id, _version(taken.route))
+            turn = await stack.enter_async_context(self._turn(request, sent, "chatcmpl", tokens))
+            ask = to_ask(sent, turn.id, _version(turn.route))
             if not sent.stream:
-                answer = answers.collect([piece async for piece in pieces(taken, ask)], ask.n)
-                return _json(answers.chat_answer(taken.head, answer, bool(sent.logprobs)), taken)
-            stream = answers.ChatStream(taken.head, bool(sent.logprobs), sent.usage_streamed)
+                answer = await _whole(self._pieces(turn, ask), ask.n)
+                return _json(answers.chat_answer(turn.head, answer, bool(sent.logprobs)), turn)
+            stream = answers.ChatStream(turn.head, bool(sent.logprobs), sent.usage_streamed)
 
             async def events() -> AsyncIterator[bytes]:
-                async for piece in pieces(taken, ask):
+                async for piece in self._pieces(turn, ask):
                     for chunk in stream.chunks(piece):
                         yield answers.event(chunk)
                 for chunk in stream.end():
                     yield answers.event(chunk)
 
-            return _Events(events(), taken, stack.pop_all())
+            return _Events(events(), turn, stack.pop_all())
 
-    @app.post("/v1/completions", openapi_extra=_body(CompletionRequest))
-    async def complete(request: Request) -> Response:
-        sent = await _read(request, CompletionRequest, most)
+    async def complete(self, request: Request) -> Response:
+        """Texts go on, or are scored."""
+        sent = parse_body(await _bytes(request, self._most), CompletionRequest, self._most)
         tokens = sum(estimated_tokens(prompt) + sent.answers * (sent.max_tokens or 16) for prompt in sent.prompts)
+        logprobs, echo = sent.logprobs is not None, bool(sent.echo)
         async with AsyncExitStack() as stack:
-            taken = await stack.enter_async_context(turn(request, sent, "cmpl", tokens))
-            asks = to_asks(sent, taken.id, _version(taken.route))
-            logprobs, echo = sent.logprobs is not None, bool(sent.echo)
+            turn = await stack.enter_async_context(self._turn(request, sent, "cmpl", tokens))
+            asks = to_asks(sent, turn.id, _version(turn.route))
             if not sent.stream:
-                made = await _all([_whole(pieces(taken, ask), ask.n) for ask in asks])
+                made = await _all([_whole(self._pieces(turn, ask), ask.n) for ask in asks])
                 answer = answers.completion_answer(
-                    taken.head,
+                    turn.head,
                     made,
                     logprobs=logprobs,
                     echo=echo,
                     scores_only=sent.scores_only,
                     prompts=sent.prompts,
                 )
-                return _json(answer, taken)
+                return _json(answer, turn)
             stream = answers.CompletionStream(
-                taken.head,
-                sent.answers,
-                logprobs,
-                sent.usage_streamed,
-                sent.prompts if echo else None,
-                sent.scores_only,
+                turn.head, sent.answers, logprobs, sent.usage_streamed, sent.prompts if echo else None, sent.scores_only
             )
 
             async def events() -> AsyncIterator[bytes]:
-                async for index, piece in _merged([pieces(taken, ask) for ask in asks]):
+                async for index, piece in _merged([self._pieces(turn, ask) for ask in asks]):
                     for chunk in stream.chunks(index, piece):
                         yield answers.event(chunk)
                 for chunk in stream.end():
                     yield answers.event(chunk)
 
-            return _Events(events(), taken, stack.pop_all())
+            return _Events(events(), turn, stack.pop_all())
 
-    @app.post("/v1/embeddings", openapi_extra=_body(EmbeddingRequest))
-    async def embed(request: Request) -> Response:
-        sent = await _read(request, EmbeddingRequest, most)
+    async def embed(self, request: Request) -> Response:
+        """A vector for each text."""
+        sent = parse_body(await _bytes(request, self._most), EmbeddingRequest, self._most)
         tokens = sum(map(estimated_tokens, sent.prompts))
-        async with turn(request, sent, "embd", tokens) as taken:
-            vectors = await backend.embed(taken.route.base, sent.prompts, _version(taken.route))
-            taken.used = tokens
-            return _json(answers.embedding_answer(sent.model, vectors, tokens, sent.encoding_format), taken)
+        async with self._turn(request, sent, "embd", tokens) as turn:
+            vectors = await self._backend.embed(turn.route.base, sent.prompts, _version(turn.route))
+            turn.used = tokens
+            return _json(answers.embedding_answer(sent.model, vectors, tokens, sent.encoding_format), turn)
 
-    @app.get("/v1/models")
-    async def models(request: Request) -> Response:
-        listed = await backend.models(request.headers.get("authorization"))
+    async def models(self, request: Request) -> Response:
+        """What the key may ask for."""
+        listed = await self._backend.models(_key(request))
         return JSONResponse(answers.models_answer([answers.model_answer(name, 0, owner) for name, owner in listed]))
 
-    @app.get("/v1/models/{model:path}")
-    async def model(request: Request, model: str) -> Response:
-        listed = dict(await backend.models(request.headers.get("authorization")))
+    async def model(self, request: Request, model: str) -> Response:
+        """One of them."""
+        listed = dict(await self._backend.models(_key(request)))
         if model not in listed:
-            raise RequestError(f"the model {model[:80]!r} does not exist", 404, "model", "model_not_found")
+            raise unknown_model(model)
         return JSONResponse(answers.model_answer(model, 0, listed[model]))
 
-    @app.get("/healthz")
-    async def healthz() -> Response:
+    async def healthz(self) -> Response:
+        """Whether this gateway lives."""
         return PlainTextResponse("ok")
 
-    @app.get("/readyz")
-    async def readyz() -> Response:
-        is_ready = await backend.ready()
+    async def readyz(self) -> Response:
+        """Whether requests would be answered."""
+        is_ready = await self._backend.ready()
         return PlainTextResponse("ready" if is_ready else "not ready", 200 if is_ready else 503)
 
-    @app.get("/metrics")
-    async def metrics(request: Request) -> Response:
-        text = await backend.metrics(request.headers.get("authorization"))
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus."""
+        return PlainTextResponse(await self._backend.metrics(_key(request)), media_type="text/plain; version=0.0.4")
 
-    _admin(app, backend, most)
-    return app
+    async def listed(self, request: Request) -> Response:
+        """Operators: every adapter."""
+        return await self._change(request, "list")
+
+    async def move(self, request: Request, name: str, alias: str) -> Response:
+        """Operators: makes an alias lead to a version."""
+        sent = await _object(request, self._most, {"version": str, "generation": int})
+        return await self._change(
+            request, "move", name=name, alias=alias, version=sent["version"], expected=sent.get("generation")
+        )
+
+    async def split(self, request: Request, name: str, alias: str) -> Response:
+        """Operators: splits an alias between versions."""
+        sent = await _object(request, self._most, {"weights": dict, "shadow": str, "generation": int})
+        expected, shadow = sent.get("generation"), sent.get("shadow")
+        return await self._change(
+            request, "split", name=name, alias=alias, weights=sent["weights"], shadow=shadow, expected=expected
+        )
+
+    async def rollback(self, request: Request, name: str, alias: str) -> Response:
+        """Operators: makes an alias lead where it led before."""
+        return await self._change(request, "rollback", name=name, alias=alias)
+
+    async def remove(self, request: Request, name: str, what: str) -> Response:
+        """Operators: takes out a version or an alias."""
+        return await self._change(request, "remove", name=name, what=what)
+
+    async def _change(self, request: Request, change: str, **arguments: Any) -> Response:
+        return JSONResponse(await self._backend.admin(_key(request), change, arguments))
+
+    @asynccontextmanager
+    async def _turn(self, request: Request, sent: Any, kind: str, tokens: int) -> AsyncIterator[Turn]:
+        id = f"{kind}-{uuid.uuid4().hex}"
+        entry = Entry(id, self._name, _key(request), sent.model, sent.user, tokens)
+        turn = Turn(await self._backend.enter(entry), id, int(time.time()))
+        try:
+            yield turn
+        finally:
+            self._backend.leave(id, turn.used)
+
+    async def _pieces(self, turn: Turn, ask: Ask) -> AsyncIterator[Piece]:
+        is_first = True
+        async with aclosing(self._backend.generate(turn.route.base, ask)) as stream:  # type: ignore[type-var]
+            async for piece in stream:
+                turn.used += piece.tokens + (piece.prompt_tokens if is_first else 0)
+                is_first = False
+                yield piece
 
 
-def _admin(app: FastAPI, backend: Backend, most: int) -> None:
-    """The operators' routes."""
+async def _refused(_request: Request, error: Any) -> JSONResponse:
+    return JSONResponse(answers.error_answer(error), error.status, answers.error_headers(error))
 
-    async def call(request: Request, change: str, arguments: dict[str, Any]) -> Response:
-        return JSONResponse(await backend.admin(request.headers.get("authorization"), change, arguments))
 
-    @app.get("/admin/adapters")
-    async def listed(request: Request) -> Response:
-        return await call(request, "list", {})
+async def _no_route(request: Request, _error: Exception) -> JSONResponse:
+    return await _refused(request, RequestError(f"there is no {request.url.path[:200]}", 404, code="unknown_url"))
 
-    @app.put("/admin/adapters/{name}/aliases/{alias}")
-    async def move(request: Request, name: str, alias: str) -> Response:
-        sent = await _object(request, most, {"version": str, "generation": int})
-        arguments = {"name": name, "alias": alias, "version": sent["version"], "expected": sent.get("generation")}
-        return await call(request, "move", arguments)
 
-    @app.put("/admin/adapters/{name}/aliases/{alias}/split")
-    async def split(request: Request, name: str, alias: str) -> Response:
-        sent = await _object(request, most, {"weights": dict, "shadow": str, "generation": int})
-        arguments = {"name": name, "alias": alias, "weights": sent["weights"], "shadow": sent.get("shadow")}
-        return await call(request, "split", {**arguments, "expected": sent.get("generation")})
+async def _no_method(request: Request, _error: Exception) -> JSONResponse:
+    what = f"{request.url.path[:200]} takes no {request.method}"
+    return await _refused(request, RequestError(what, 405, code="method_not_allowed"))
 
-    @app.post("/admin/adapters/{name}/aliases/{alias}/rollback")
-    async def rollback(request: Request, name: str, alias: str) -> Response:
-        return await call(request, "rollback", {"name": name, "alias": alias})
 
-    @app.delete("/admin/adapters/{name}/{what}")
-    async def remove(request: Request, name: str, what: str) -> Response:
-        return await call(request, "remove", {"name": name, "what": what})
+def _key(request: Request) -> str | None:
+    return request.headers.get("authorization")
 
 
 async def _object(request: Request, most: int, fields: dict[str, type]) -> dict[str, Any]:
@@ -245,10 +258,6 @@ async def _object(request: Request, most: int, fields: dict[str, type]) -> dict[
     if any(isinstance(w, bool) or not isinstance(w, int | float) for w in weights.values()):
         raise RequestError("weights are numbers by version", param="weights")
     return sent
-
-
-async def _read(request: Request, kind: type[Sent], most: int) -> Sent:
-    return parse_body(await _bytes(request, most), kind, most)
 
 
 async def _bytes(request: Request, most: int) -> bytes:

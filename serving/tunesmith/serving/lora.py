@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tunesmith.cluster.errors import AdapterError
@@ -13,6 +13,8 @@ Shape = tuple[int, ...]
 
 _PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(\.default)?(\.weight)?")
 _ROOT = "base_model.model."
+_REPEATS = re.compile(r"[*+?{]")
+_MOST_LOOKUPS = 2_000_000
 
 
 def lora_rank(config: Mapping[str, Any], shapes: Mapping[str, Shape], max_rank: int) -> int:
@@ -34,17 +36,23 @@ def lora_rank(config: Mapping[str, Any], shapes: Mapping[str, Shape], max_rank: 
     pairs = lora_pairs(shapes)
     if not pairs:
         raise AdapterError("adapter_model.safetensors: a LORA adapter without any lora_A and lora_B")
+    if len(pairs) * len(ranks) > _MOST_LOOKUPS:
+        raise AdapterError(
+            f"adapter_config.json: rank_pattern of {len(ranks) - 1:,} entries for {len(pairs):,} modules",
+            f"Their product may be {_MOST_LOOKUPS:,}.",
+        )
+    possible = _possible_ranks(config)
     found = []
     for module, (a_name, a, b_name, b) in pairs.items():
-        expected = _expected_rank(config, module)
-        several = bool(config.get("target_parameters")) and a[0] % expected == 0  # one rank for each expert
-        if a[0] != expected and not several:
-            raise AdapterError(
-                f"{a_name}: shape {list(a)}; its rank is {a[0]}, but adapter_config.json says {expected}"
-            )
+        expected = possible(module)
+        # several experts' matrices stand in one tensor when a parameter is the target
+        fitting = [rank for rank in expected if a[0] == rank or (config.get("target_parameters") and a[0] % rank == 0)]
+        if not fitting:
+            said = " or ".join(map(str, sorted(expected)))
+            raise AdapterError(f"{a_name}: shape {list(a)}; its rank is {a[0]}, but adapter_config.json says {said}")
         if len(b) < 2 or b[1] != a[0]:
             raise AdapterError(f"{b_name}: shape {list(b)} does not multiply with {a_name} {list(a)}")
-        found.append(a[0])
+        found.append(max(fitting))
     return max(found)
 
 
@@ -85,9 +93,9 @@ def check_fit(config: Mapping[str, Any], shapes: Mapping[str, Shape], base: Mapp
     weights = _Weights(base)
     for module, (a_name, a, b_name, b) in lora_pairs(shapes).items():
         path = module.removeprefix(_ROOT)
-        if weights.holds_experts_of(path):  # stacked under another name when they are loaded
-            continue
         of_base = weights.shapes(path)
+        if not of_base and weights.renames_in_layer_of(path):
+            continue
         if not of_base:
             raise AdapterError(f"{a_name}: the base has no module {path}", "It was trained on another base.")
         product, transposed = (b[0], a[1]), (a[1], b[0])  # embeddings and Conv1D keep theirs the other way round
@@ -121,10 +129,10 @@ class _Weights:
         tied = words[-1] == "lm_head"  # to the embeddings, and then in no file
         return self._by_end.get("embed_tokens", set()) if tied else set()
 
-    def holds_experts_of(self, path: str) -> bool:
-        """Whether a path leads to experts that the file names otherwise."""
-        before, experts, _ = path.partition(".experts")
-        return bool(experts) and not self.shapes(path) and any(f"{before}.experts." in name for name in self._names)
+    def renames_in_layer_of(self, path: str) -> bool:
+        """Whether a path's layer has experts, which are stacked, and their block renamed, when the file is loaded."""
+        layer = re.search(r"[^.]+\.\d+\.", path)
+        return layer is not None and any(layer[0] in name and ".experts." in name for name in self._names)
 
 
 def _ranks(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,10 +142,23 @@ def _ranks(config: Mapping[str, Any]) -> dict[str, Any]:
     return pattern
 
 
-def _expected_rank(config: Mapping[str, Any], module: str) -> int:
-    """As PEFT looks it up: the first pattern that fits the end of the module's name, else r."""
-    path = module.removeprefix(_ROOT)
-    for pattern, rank in _ranks(config).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return rank
-    return int(config["r"])
+def _possible_ranks(config: Mapping[str, Any]) -> Callable[[str], set[int]]:
+    """The ranks that the settings leave a module, found as PEFT looks them up: the first pattern that fits, else r.
+
+    A pattern with repetitions may take for ever on a hostile name and is not tried: its rank stays possible.
+    """
+    patterns = [
+        (None if _REPEATS.search(pattern) else re.compile(rf"(.*\.)?({pattern})$"), rank)
+        for pattern, rank in _ranks(config).items()
+    ]
+
+    def of(module: str) -> set[int]:
+        path, found = module.removeprefix(_ROOT), set()
+        for pattern, rank in patterns:
+            if pattern is None:
+                found.add(rank)
+            elif pattern.match(path):
+                return {*found, rank}
+        return {*found, int(config["r"])}
+
+    return of

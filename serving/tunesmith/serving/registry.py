@@ -27,13 +27,14 @@ from tunesmith.cluster.storage import (
     explained,
     held,
     manifest_digest,
+    remove_leftovers,
     seal,
 )
 from tunesmith.serving.catalog import Catalog, Resolved, Version, as_state, check_name
 from tunesmith.serving.checks import Rules, admissible, judged
 from tunesmith.serving.statelog import State, StateLog
+from tunesmith.serving.tensors import copy_bounded
 from tunesmith.serving.versions import open_versions
-from tunesmith.serving.weights import copy_bounded
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger(__name__)
@@ -103,6 +104,8 @@ class Registry:
         check_name("adapter", name)
         if alias is not None:
             check_name("alias", alias)
+        if owner is not None:
+            check_name("owner", owner)
         added = self._add(name, artifact, owner, alias, rules or Rules())
         if not self._versions.has(added.digest):  # the last name with the same content was removed in between
             added = self._add(name, artifact, owner, alias, rules or Rules())
@@ -176,7 +179,8 @@ class Registry:
                 return final
             except CheckpointError as error:
                 _log.warning("%s; it is copied again", error)
-                discard(final)
+                _discarded(final)
+        remove_leftovers(cache, younger_stay_s=60)
         temporary = begin_folder(final)
         try:
             with held(temporary):
@@ -249,6 +253,14 @@ def _copied(artifact: Path, allowed: Mapping[str, int], folder: Path) -> dict[st
             if name != MANIFEST:
                 files[name] = seal(folder / name)
     return files
+
+
+def _discarded(final: Path) -> None:
+    try:
+        discard(final)
+    except StorageError:  # another process was faster
+        if final.exists():
+            raise
 
 
 def _verified(folder: Path, digest: str) -> Manifest:

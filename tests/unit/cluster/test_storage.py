@@ -14,10 +14,13 @@ from tunesmith.cluster.errors import CheckpointError, DiskFullError, StorageErro
 from tunesmith.cluster.storage import (
     MANIFEST,
     HashingFile,
+    begin_folder,
     commit_folder,
+    commit_once,
     manifest_digest,
     remove_leftovers,
     require_space,
+    seal,
     sha256_file,
     write_atomic,
 )
@@ -141,6 +144,25 @@ def test_leftovers_of_the_dead_are_removed_and_work_of_the_living_stays(tmp_path
     (tmp_path / "metrics.tmp-12345678").write_text("half a file")
     assert remove_leftovers(tmp_path) == [tmp_path / "metrics.tmp-12345678", folder]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_too_young_to_be_held_may_be_spared(tmp_path: Path) -> None:
+    old, young = begin_folder(tmp_path / "a"), begin_folder(tmp_path / "b")
+    os.utime(old, (0, 0))
+    assert remove_leftovers(tmp_path, younger_stay_s=60) == [old]
+    assert young.exists()
+
+
+def test_a_folder_committed_once_stays_and_the_second_is_dropped(tmp_path: Path) -> None:
+    outcomes = []
+    for text in ("first", "second"):
+        temporary = begin_folder(tmp_path / "model")
+        (temporary / "a").write_text(text)
+        outcomes.append(commit_once(temporary, tmp_path / "model", {"a": seal(temporary / "a")}, {"kind": "adapter"}))
+    assert outcomes == [True, False]
+    assert verify(tmp_path / "model").kind == "adapter"
+    assert (tmp_path / "model" / "a").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_an_atomic_write_replaces_and_leaves_no_other_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tiny_adapters import BASE_DIGEST, BASE_SHAPES, settings, tensors
 
 from tunesmith.cluster.errors import AdapterError
 from tunesmith.cluster.storage import manifest_digest
-from tunesmith.serving.bases import BaseFacts, read_base
+from tunesmith.serving.bases import BaseFacts
 from tunesmith.serving.checks import Rules
 from tunesmith.serving.registry import Registry
 
@@ -182,6 +182,15 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     "a rank pattern that is no table": (config(rank_pattern=[1]), r"rank_pattern is \[1\]; expected an object"),
     "a pattern that never ends": (config(target_modules="(a+)+$"), r"target_modules '\(a\+\)\+\$' could be matched for ever"),
     "a rank pattern that never ends": (config(rank_pattern={"(a|a)*": 4}), "rank_pattern .* could be matched for ever"),
+    "a pattern of many questions": (config(target_modules="a?" * 9 + "a" * 9), "9 repetitions"),
+    "more patterns than can be looked up": (
+        lambda folder: tiny_adapters.plain(folder, tensors(layers=99), settings(rank_pattern={f"x{n}": 4 for n in range(11_000)})),
+        "rank_pattern of 11,000 entries for 198 modules",
+    ),
+    "a rank that a wild pattern does not allow either": (
+        config(r=8, rank_pattern={".*v_proj": 16}),
+        r"q_proj.* its rank is 4, but .* says 8 or 16",
+    ),
     "a pattern of many stars": (config(exclude_modules=".*a" * 9), "9 repetitions"),
     "a pattern that is none": (config(rank_pattern={"(": 4}), r"rank_pattern '\(' is no regular expression"),
     "an A without its B": (weights(lora_B__weight=None), "there is no lora_B for it"),
@@ -351,18 +360,3 @@ def test_the_base_is_known_from_the_manifest_the_operator_or_nobody(tmp_path: Pa
     catalog = registry.read()[1]
     assert catalog.adapter("a").versions[0].base_digest == BASE_DIGEST
     assert catalog.adapter("b").versions[0].base_digest is None
-
-
-def test_a_bases_folder_tells_its_shapes_and_digest_as_training_does(tmp_path: Path) -> None:
-    from safetensors.numpy import save_file
-
-    from tunesmith.cluster.base import digest, tensor_shapes
-
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    for n in range(2):
-        save_file({f"model.layers.{n}.w.weight": np.zeros((n + 1, 3), "f4")}, tmp_path / f"model-{n}.safetensors")
-    facts = read_base(tmp_path)
-    assert facts.digest == digest(tmp_path, tmp_path / "cache")
-    assert facts.shapes == {name: tuple(shape) for name, shape in tensor_shapes(tmp_path).items()}
-    (tmp_path / "config.json").write_text('{"quantization_config": {"bits": 4}}')
-    assert read_base(tmp_path).shapes is None, "packed numbers have another shape than the module"

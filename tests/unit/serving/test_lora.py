@@ -73,6 +73,11 @@ def test_the_rank_is_the_largest_of_its_modules_and_patterns_are_read_as_peft_re
 
 def test_stacked_experts_have_one_rank_for_each() -> None:
     shapes = lora("layers.0.mlp.experts", 6, 4, 2 * 8)
-    assert lora_rank({"r": 2, "target_parameters": ["mlp.experts.up"]}, shapes, 64) == 16
+    assert lora_rank({"r": 2, "target_parameters": ["mlp.experts.up"]}, shapes, 64) == 2
     with pytest.raises(AdapterError, match="its rank is 16"):
         lora_rank({"r": 2}, shapes, 64)
+
+
+def test_a_pattern_with_repetitions_is_never_tried_on_a_hostile_name() -> None:
+    shapes = lora("a" * 400, 6, 4, 8)
+    assert lora_rank({"r": 2, "rank_pattern": {".*a" * 6 + "b": 8}}, shapes, 64) == 8
