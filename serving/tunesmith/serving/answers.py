@@ -120,8 +120,11 @@ class ChatStream:
         self._begun: set[int] = set()
         self.usage = Usage()
 
-    def chunks(self, piece: Piece) -> list[Json]:
-        """What to send for a piece."""
+    def chunks(self, piece: Piece, extra: Mapping[str, Any] | None = None) -> list[Json]:
+        """What to send for a piece; `extra` are further keys of the chunk with the finish.
+
+        They need no chunk of their own, which would have no choices: many a client reads `choices[0]` of each.
+        """
         made = []
         if piece.index not in self._begun:
             self._begun.add(piece.index)
@@ -132,15 +135,12 @@ class ChatStream:
             logprobs = _chat_logprobs(piece.logprobs) if self._logprobs else None
             made.append(self._chunk(piece.index, {"content": piece.text}, logprobs))
         if piece.finish is not None:
-            made.append(self._chunk(piece.index, {}, finish=piece.finish))
+            made.append(self._chunk(piece.index, {}, finish=piece.finish) | dict(extra or {}))
         return made
 
-    def end(self, extra: Mapping[str, Any] | None = None) -> list[Json]:
-        """What to send at the end, before DONE; `extra` are further keys of a last chunk, which exists for them."""
-        if not (self._include_usage or extra):
-            return []
-        usage = self.usage if self._include_usage else None
-        return [_object("chat.completion.chunk", self._head, [], usage) | dict(extra or {})]
+    def end(self) -> list[Json]:
+        """What to send at the end, before DONE."""
+        return [_object("chat.completion.chunk", self._head, [], self.usage)] if self._include_usage else []
 
     def _chunk(self, index: int, delta: Json, logprobs: Json | None = None, finish: Finish | None = None) -> Json:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}

@@ -71,7 +71,11 @@ def test_a_streamed_chat_joins_to_the_whole_one():
     assert (texts, roles, finishes) == (["aa", "é"], [1, 1], [["length"], ["stop"]])
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["total_tokens"] == 9
-    assert ChatStream(HEAD, False, False).end() == []
+    plain = ChatStream(HEAD, False, False)
+    text, finish = plain.chunks(Piece(0, "a", 1, 5, "stop"), {"mixture": {"survivor": True}})[1:]
+    assert "mixture" not in text
+    assert finish["mixture"] == {"survivor": True}
+    assert plain.end() == []
 
 
 def test_a_completion_counts_choices_over_prompts_and_offsets_in_characters():
@@ -177,7 +181,7 @@ def test_the_strict_client_takes_chats_whole_and_streamed(logprobs: bool):
     taken = client.chat.completions.create(model="bot", messages=messages)
     assert taken.choices[1].message.content == "é"
     stream = ChatStream(HEAD, logprobs, include_usage=True)
-    chunks = [chunk for piece in PIECES for chunk in stream.chunks(piece)] + stream.end({"mixture": {}})
+    chunks = [chunk for piece in PIECES for chunk in stream.chunks(piece, {"mixture": {}})] + stream.end()
     client = strict_client({"/v1/chat/completions": streamed(chunks)})
     got = list(client.chat.completions.create(model="bot", messages=messages, stream=True))
     assert "".join(one.choices[0].delta.content or "" for one in got[:-1] if one.choices[0].index == 0) == "aa"
@@ -211,14 +215,14 @@ def test_the_strict_client_takes_completions_models_embeddings_and_errors():
 
 
 @openai_needed
-def test_only_openais_own_nulls_stay_outside_of_the_clients_types():
-    """What OpenAI's server sends although its client's types know no null there; see the module's docstring."""
-    from openai.types import Completion
+def test_only_openais_own_shapes_stay_outside_of_the_clients_types():
+    """What the server of OpenAI sends although its client has other types there; see the module's docstring."""
+    from openai.types import Completion, CreateEmbeddingResponse
     from pydantic import ValidationError
 
-    def mistakes(data: dict) -> set[str]:
+    def mistakes(data: dict, type: Any = Completion) -> set[str]:
         try:
-            Completion.model_validate(data)
+            type.model_validate(data)
         except ValidationError as error:
             return {".".join(map(str, one["loc"])) for one in error.errors()}
         return set()
@@ -231,3 +235,5 @@ def test_only_openais_own_nulls_stay_outside_of_the_clients_types():
     answer = Answer(prompt=(FIRST, A), finish="stop")
     echoed = completion_answer(HEAD, [[answer]], logprobs=True, echo=True, prompts=["xa"])
     assert mistakes(echoed) == {"choices.0.logprobs.token_logprobs.0", "choices.0.logprobs.top_logprobs.0"}
+    assert mistakes(embedding_answer("m", [[0.5]], 1, "base64"), CreateEmbeddingResponse) == {"data.0.embedding"}
+    assert mistakes(embedding_answer("m", [[0.5]], 1, None), CreateEmbeddingResponse) == set()
