@@ -21,7 +21,7 @@ COMMAND_GROUPS = ("tunesmith.serving", "tunesmith.serving.commands")  # names an
 # Where each of these may be imported; a name stands for the module and everything below it.
 HOMES = {
     "deepspeed": {"engine", "checkpoint_files", "export"},
-    "ray": {"fit", "lean", "rendezvous"},
+    "ray": {"fit", "lean", "rendezvous", "service"},
     "vllm": {"engines.vllm"},
 }
 RAY_SESSION = "tunesmith.cluster.session"

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
+import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from tunesmith.cluster.errors import RequestError
-from tunesmith.serving import answers
+from tunesmith.serving import answers, mixture
 from tunesmith.serving.body import parse_body
-from tunesmith.serving.config import Serve
+from tunesmith.serving.config import Agent, Proposer, Serve
 from tunesmith.serving.desk import Entry, Route, unknown_model
-from tunesmith.serving.engines.protocol import Ask, Piece, Version
+from tunesmith.serving.engines.protocol import Ask, Message, Piece, Sampling, Version
 from tunesmith.serving.limits import estimated_tokens
+from tunesmith.serving.outside import Outside
 from tunesmith.serving.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, to_ask, to_asks
+from tunesmith.serving.wire import Events, body_of, every, merged, object_of, whole
 
 
 class Backend(Protocol):
@@ -43,12 +44,18 @@ class Turn:
 
     Attributes:
         used: tokens of its prompts and answers so far.
+        extra: further keys of the answer.
     """
 
     route: Route
     id: str
     created: int
     used: int = 0
+    extra: dict[str, Any] | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {**self.route.headers(), "x-request-id": self.id}
 
     @property
     def head(self) -> answers.Head:
@@ -63,7 +70,8 @@ class Gateway:
     """
 
     def __init__(self, config: Serve, backend: Backend, name: str) -> None:
-        self._backend, self._name = backend, name
+        self._config, self._backend, self._name = config, backend, name
+        self._outside = Outside(config.endpoints, os.environ)
         self._most = round(config.http.max_body_mib * 2**20)
 
     def app(self) -> FastAPI:
@@ -89,36 +97,45 @@ class Gateway:
 
     async def chat(self, request: Request) -> Response:
         """A conversation goes on."""
-        sent = parse_body(await _bytes(request, self._most), ChatRequest, self._most)
+        sent = parse_body(await body_of(request, self._most), ChatRequest, self._most)
         most = sent.max_completion_tokens or sent.max_tokens or 0
         tokens = estimated_tokens(sent.conversation) + sent.answers * most
         async with AsyncExitStack() as stack:
             turn = await stack.enter_async_context(self._turn(request, sent, "chatcmpl", tokens))
             ask = to_ask(sent, turn.id, _version(turn.route))
+            if turn.route.agent is not None:
+                mixture.check_request(sent)
+                pieces = self._mixed(turn, self._config.agents[turn.route.agent], ask)
+            else:
+                pieces = self._pieces(turn, ask)
             if not sent.stream:
-                answer = await _whole(self._pieces(turn, ask), ask.n)
-                return _json(answers.chat_answer(turn.head, answer, bool(sent.logprobs)), turn)
+                answer, extra = await whole(pieces, ask.n), turn.extra
+                return _json(answers.chat_answer(turn.head, answer, bool(sent.logprobs), extra), turn)
             stream = answers.ChatStream(turn.head, bool(sent.logprobs), sent.usage_streamed)
 
             async def events() -> AsyncIterator[bytes]:
-                async for piece in self._pieces(turn, ask):
-                    for chunk in stream.chunks(piece):
-                        yield answers.event(chunk)
+                async with aclosing(pieces) as open_pieces:
+                    async for piece in open_pieces:
+                        if piece is None:
+                            yield answers.KEEP_ALIVE
+                            continue
+                        for chunk in stream.chunks(piece, turn.extra if piece.finish else None):
+                            yield answers.event(chunk)
                 for chunk in stream.end():
                     yield answers.event(chunk)
 
-            return _Events(events(), turn, stack.pop_all())
+            return Events(events(), turn.headers, stack.pop_all())
 
     async def complete(self, request: Request) -> Response:
         """Texts go on, or are scored."""
-        sent = parse_body(await _bytes(request, self._most), CompletionRequest, self._most)
+        sent = parse_body(await body_of(request, self._most), CompletionRequest, self._most)
         tokens = sum(estimated_tokens(prompt) + sent.answers * (sent.max_tokens or 16) for prompt in sent.prompts)
         logprobs, echo = sent.logprobs is not None, bool(sent.echo)
         async with AsyncExitStack() as stack:
             turn = await stack.enter_async_context(self._turn(request, sent, "cmpl", tokens))
             asks = to_asks(sent, turn.id, _version(turn.route))
             if not sent.stream:
-                made = await _all([_whole(self._pieces(turn, ask), ask.n) for ask in asks])
+                made = await every([whole(self._pieces(turn, ask), ask.n) for ask in asks])
                 answer = answers.completion_answer(
                     turn.head,
                     made,
@@ -133,17 +150,17 @@ class Gateway:
             )
 
             async def events() -> AsyncIterator[bytes]:
-                async for index, piece in _merged([self._pieces(turn, ask) for ask in asks]):
+                async for index, piece in merged([self._pieces(turn, ask) for ask in asks]):
                     for chunk in stream.chunks(index, piece):
                         yield answers.event(chunk)
                 for chunk in stream.end():
                     yield answers.event(chunk)
 
-            return _Events(events(), turn, stack.pop_all())
+            return Events(events(), turn.headers, stack.pop_all())
 
     async def embed(self, request: Request) -> Response:
         """A vector for each text."""
-        sent = parse_body(await _bytes(request, self._most), EmbeddingRequest, self._most)
+        sent = parse_body(await body_of(request, self._most), EmbeddingRequest, self._most)
         tokens = sum(map(estimated_tokens, sent.prompts))
         async with self._turn(request, sent, "embd", tokens) as turn:
             vectors = await self._backend.embed(turn.route.base, sent.prompts, _version(turn.route))
@@ -181,14 +198,14 @@ class Gateway:
 
     async def move(self, request: Request, name: str, alias: str) -> Response:
         """Operators: makes an alias lead to a version."""
-        sent = await _object(request, self._most, {"version": str, "generation": int})
+        sent = await object_of(request, self._most, {"version": str, "generation": int})
         return await self._change(
             request, "move", name=name, alias=alias, version=sent["version"], expected=sent.get("generation")
         )
 
     async def split(self, request: Request, name: str, alias: str) -> Response:
         """Operators: splits an alias between versions."""
-        sent = await _object(request, self._most, {"weights": dict, "shadow": str, "generation": int})
+        sent = await object_of(request, self._most, {"weights": dict, "shadow": str, "generation": int})
         expected, shadow = sent.get("generation"), sent.get("shadow")
         return await self._change(
             request, "split", name=name, alias=alias, weights=sent["weights"], shadow=shadow, expected=expected
@@ -215,7 +232,43 @@ class Gateway:
         finally:
             self._backend.leave(id, turn.used)
 
-    async def _pieces(self, turn: Turn, ask: Ask) -> AsyncIterator[Piece]:
+    async def _mixed(self, turn: Turn, agent: Agent, ask: Ask) -> AsyncGenerator[Piece | None, None]:
+        """A mixture's answer; None to say that it lives. What became of its members is left in `turn.extra`."""
+        assert isinstance(ask.prompt, list), "a chat is a conversation"
+        conversation: Any = ask.prompt
+        async with aclosing(mixture.run(agent, conversation, self._member(turn), ask.sampling, turn.id)) as events:
+            async for event in events:
+                if isinstance(event, mixture.Done):
+                    turn.used, turn.extra = event.prompt_tokens + event.completion_tokens, {"mixture": event.as_json()}
+                    yield Piece(0, "", event.completion_tokens, event.prompt_tokens, event.finish)
+                else:
+                    yield None if isinstance(event, mixture.KeepAlive) else Piece(0, event.text, 0, 0)
+
+    def _member(self, turn: Turn) -> mixture.AskMember:
+        """How a mixture's members are asked: this server's own pass the desk again, for their turn and their version."""
+
+        async def ask(
+            proposer: Proposer, messages: list[Message], sampling: Sampling, id: str
+        ) -> AsyncGenerator[Piece, None]:
+            if proposer.endpoint is not None:
+                async with aclosing(
+                    self._outside.generate(proposer.endpoint, proposer.model, messages, sampling)
+                ) as pieces:
+                    async for piece in pieces:
+                        yield piece
+                return
+            route = await self._backend.enter(Entry(id, self._name, None, proposer.model, within=turn.id))
+            try:
+                inner = Ask(id, messages, _version(route), 1, sampling)
+                async with aclosing(self._pieces(Turn(route, id, turn.created), inner)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+            finally:
+                self._backend.leave(id, 0)
+
+        return ask
+
+    async def _pieces(self, turn: Turn, ask: Ask) -> AsyncGenerator[Piece, None]:
         is_first = True
         async with aclosing(self._backend.generate(turn.route.base, ask)) as stream:  # type: ignore[type-var]
             async for piece in stream:
@@ -241,111 +294,12 @@ def _key(request: Request) -> str | None:
     return request.headers.get("authorization")
 
 
-async def _object(request: Request, most: int, fields: dict[str, type]) -> dict[str, Any]:
-    """A small JSON object of an operator; the first field must be there."""
-    try:
-        sent = json.loads(await _bytes(request, most))
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON: {str(error)[:100]}") from error
-    if not isinstance(sent, dict) or next(iter(fields)) not in sent:
-        raise RequestError(f"the body is a JSON object with {', '.join(fields)}", param=next(iter(fields)))
-    for key, value in sent.items():
-        if key not in fields:
-            raise RequestError(f"unknown field {key[:40]!r}; there are {', '.join(fields)}", param=key[:40])
-        if value is not None and (not isinstance(value, fields[key]) or isinstance(value, bool)):
-            raise RequestError(f"{key} is no {fields[key].__name__}", param=key)
-    weights = sent.get("weights") or {}
-    if any(isinstance(w, bool) or not isinstance(w, int | float) for w in weights.values()):
-        raise RequestError("weights are numbers by version", param="weights")
-    return sent
-
-
-async def _bytes(request: Request, most: int) -> bytes:
-    """The body, read no further than it may be long."""
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > most:
-            raise RequestError(f"the body is larger than {most:,} bytes", 413, code="body_too_large")
-    return bytes(body)
-
-
-class _Events(StreamingResponse):
-    """Server-sent events of a request, which leaves the desk when they end, however they end.
-
-    What fails after the first byte is said in an event, for the status has gone out.
-    """
-
-    def __init__(self, events: AsyncIterator[bytes], taken: Turn, held: AsyncExitStack) -> None:
-        self._events, self._held = events, held
-        headers = {**taken.route.headers(), "x-request-id": taken.id, "cache-control": "no-cache"}
-        super().__init__(self._sent(), media_type="text/event-stream", headers=headers)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async with self._held:
-            await super().__call__(scope, receive, send)
-
-    async def _sent(self) -> AsyncIterator[bytes]:
-        async with aclosing(self._events) as events:  # type: ignore[type-var]
-            try:
-                async for event in events:
-                    yield event
-            except RequestError as error:
-                yield answers.event(answers.error_answer(error))
-                return
-            yield b"data: [DONE]\n\n"
-
-
 def _json(answer: dict[str, Any], taken: Turn) -> JSONResponse:
-    return JSONResponse(answer, headers={**taken.route.headers(), "x-request-id": taken.id})
+    return JSONResponse(answer, headers=taken.headers)
 
 
 def _version(route: Route) -> Version | None:
     return Version(route.digest, "") if route.digest else None
-
-
-async def _whole(pieces: AsyncIterator[Piece], n: int) -> list[answers.Answer]:
-    return answers.collect([piece async for piece in pieces], n)
-
-
-async def _all(works: list[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Every result; the first error ends the others."""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-async def _merged(streams: list[AsyncIterator[Piece]]) -> AsyncIterator[tuple[int, Piece]]:
-    """Pieces of several streams as they come, each with its stream's number."""
-    queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue(64)
-
-    async def pump(index: int, stream: AsyncIterator[Piece]) -> None:
-        try:
-            async with aclosing(stream) as pieces:  # type: ignore[type-var]
-                async for piece in pieces:
-                    await queue.put((index, piece))
-            await queue.put(None)
-        except Exception as error:  # noqa: BLE001 - it is raised again where the pieces are taken
-            await queue.put(error)
-
-    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
-    try:
-        left = len(tasks)
-        while left:
-            got = await queue.get()
-            if isinstance(got, BaseException):
-                raise got
-            if got is None:
-                left -= 1
-            else:
-                yield got
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _body(kind: type[Any]) -> dict[str, Any]:
