@@ -196,6 +196,9 @@ def quickstart(
         print_json(summary)
 
 
+app.command()(commands.serve)
+app.command()(commands.chat)
+app.command()(commands.certify)
 app.add_typer(commands.adapters, name="adapters")
 app.add_typer(commands.keys, name="keys")
 

@@ -6,7 +6,7 @@ and a key that OpenAI does not know either is refused too. Only what cannot chan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -295,9 +295,7 @@ class ChatRequest(_Generation):
     @property
     def conversation(self) -> list[Message]:
         """Messages as engines take them."""
-        return [
-            {"role": "system" if one.role == "developer" else one.role, "content": one.content} for one in self.messages
-        ]
+        return conversation_of(self.messages)
 
 
 class CompletionRequest(_Generation):
@@ -341,10 +339,12 @@ class EmbeddingRequest(_Request):
     """`/v1/embeddings`."""
 
     refused = _REFUSED_EMBEDDING
-    unheard = UNHEARD | {"user"}
+    unheard = UNHEARD
 
     model: str = Field(min_length=1, max_length=256)
     """A base or an adapter's alias."""
+    user: str | None = Field(default=None, max_length=256)
+    """Whom to keep on one version of a split alias."""
     input: Prompts
     """A text, token ids, or a list of either."""
     encoding_format: Literal["float", "base64"] | None = None
@@ -354,6 +354,35 @@ class EmbeddingRequest(_Request):
     def prompts(self) -> list[str] | list[list[int]]:
         """Every text or list of token ids."""
         return _listed(self.input)
+
+
+class TokenizeRequest(_Request):
+    """`/tokenize`, as vLLM has it."""
+
+    model: str = Field(min_length=1, max_length=256)
+    """A base or an adapter's alias."""
+    user: str | None = Field(default=None, max_length=256)
+    """Whom to keep on one version of a split alias."""
+    prompt: str | None = None
+    """A text."""
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    """A conversation, which the version's own chat template renders."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt or messages: exactly one of them")
+        return self
+
+    @property
+    def asked(self) -> str | list[Message]:
+        """What engines take."""
+        return self.prompt if self.prompt is not None else conversation_of(self.messages or [])
+
+
+def conversation_of(messages: Sequence[ChatMessage]) -> list[Message]:
+    """Messages as engines take them."""
+    return [{"role": "system" if one.role == "developer" else one.role, "content": one.content} for one in messages]
 
 
 def to_ask(request: ChatRequest, id: str, version: Version | None) -> Ask:

@@ -80,6 +80,11 @@ class EngineReplica:
             async for piece in pieces:
                 yield piece
 
+    async def tokenize(self, ask: Ask) -> list[int]:
+        """See `Engine.tokenize`."""
+        await self._started()
+        return await self._engine.tokenize(await self._local(ask))
+
     async def embed(self, prompts: Any, version: Version | None) -> list[list[float]]:
         """See `Engine.embed`."""
         await self._started()
@@ -199,6 +204,13 @@ class RayBackend:
             finally:
                 stream.cancel()  # a client that has left gives its slot back at once
 
+    async def tokenize(self, base: str, ask: Ask) -> list[int]:
+        """See `Engine.tokenize`."""
+        try:
+            return await self._engines[base].tokenize.remote(ask)
+        except Exception as error:
+            raise as_request_error(error) from error
+
     async def embed(self, base: str, prompts: Any, version: Version | None) -> list[list[float]]:
         """See `Engine.embed`."""
         try:
@@ -300,3 +312,12 @@ class GatewayReplica:
     def __serve_build_asgi_app__(self) -> Any:
         name = uuid.uuid4().hex
         return Gateway(self._config, RayBackend(self._engines, name), name).app()
+
+
+def take_down() -> None:
+    """Ends the service: requests at work may finish, then Serve and the desk go."""
+    serve.shutdown()
+    try:
+        ray.kill(ray.get_actor(DESK))
+    except ValueError:  # it never came up
+        return
