@@ -24,11 +24,10 @@ from tunesmith.serving.outside import Outside
 from tunesmith.serving.protocol import (
     ChatRequest,
     CompletionRequest,
-    EmbeddingRequest,
-    TokenizeRequest,
     to_ask,
     to_asks,
 )
+from tunesmith.serving.protocol_inputs import EmbeddingRequest, TokenizeRequest
 from tunesmith.serving.wire import Events, body_of, every, merged, object_of, whole
 
 
