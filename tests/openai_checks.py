@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import openai
 from openai import OpenAI
@@ -18,20 +19,23 @@ QUESTION = "What is it?"
 COUNT = 24
 
 
-def chat(client: OpenAI, **settings: object):
+def chat(client: OpenAI, **settings: object) -> Any:
     asked = {"model": MODEL, "max_tokens": COUNT, "temperature": 0, **settings}
     return client.chat.completions.create(messages=[{"role": "user", "content": QUESTION}], **asked)  # type: ignore[call-overload]
 
 
-def complete(client: OpenAI, **settings: object):
+def complete(client: OpenAI, **settings: object) -> Any:
     asked = {"model": MODEL, "prompt": "one two", "max_tokens": COUNT, "temperature": 0, **settings}
     return client.completions.create(**asked)  # type: ignore[call-overload]
 
 
 def chats_whole(client: OpenAI) -> None:
     answer = chat(client)
-    assert answer.object == "chat.completion" and answer.model == MODEL and answer.id.startswith("chatcmpl-")
-    assert answer.choices[0].message.role == "assistant" and answer.choices[0].message.content
+    assert answer.object == "chat.completion"
+    assert answer.model == MODEL
+    assert answer.id.startswith("chatcmpl-")
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content
     assert answer.choices[0].finish_reason in ("stop", "length")
     assert answer.system_fingerprint.count("-") == 2
     assert answer.usage.prompt_tokens > len(QUESTION)
@@ -42,7 +46,8 @@ def chats_whole(client: OpenAI) -> None:
 def chats_streamed(client: OpenAI) -> None:
     whole = chat(client)
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
-    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
     assert chunks[0].choices[0].delta.role == "assistant"
     assert len({(one.id, one.system_fingerprint) for one in chunks}) == 1
     assert "".join(one.choices[0].delta.content or "" for one in chunks[:-1]) == whole.choices[0].message.content
@@ -85,14 +90,16 @@ def logprobs(client: OpenAI) -> None:
     tokens = answer.choices[0].logprobs.content
     assert len(tokens) == answer.usage.completion_tokens
     for one in tokens:
-        assert one.logprob <= 0 and len(one.top_logprobs) == 4
+        assert one.logprob <= 0
+        assert len(one.top_logprobs) == 4
         assert math.isclose(one.logprob, max(top.logprob for top in one.top_logprobs)), "greedy takes the likeliest"
         assert all(a.logprob >= b.logprob for a, b in pairwise(one.top_logprobs))
 
 
 def completions(client: OpenAI) -> None:
     answer = complete(client, prompt=["one two", "three"], n=2, temperature=1.0, seed=3, logprobs=2)
-    assert answer.object == "text_completion" and answer.id.startswith("cmpl-")
+    assert answer.object == "text_completion"
+    assert answer.id.startswith("cmpl-")
     assert [one.index for one in answer.choices] == [0, 1, 2, 3]
     assert all(one.logprobs.token_logprobs for one in answer.choices)
     echoed = complete(client, echo=True)
@@ -117,7 +124,8 @@ def streamed_completions_fit_the_client_but_for_its_strictness(client: OpenAI) -
 def a_first_token_has_no_logprob_which_the_strict_client_does_not_know(client: OpenAI) -> None:
     lenient = client.with_options(_extra_kwargs={"_strict_response_validation": False})
     found = complete(lenient, echo=True, logprobs=1, max_tokens=1).choices[0].logprobs.token_logprobs
-    assert found[0] is None and all(one <= 0 for one in found[1:])
+    assert found[0] is None
+    assert all(one <= 0 for one in found[1:])
     expect(openai.APIResponseValidationError, lambda: complete(client, echo=True, logprobs=1, max_tokens=1))
 
 
@@ -126,7 +134,9 @@ def errors(client: OpenAI) -> None:
     assert (unknown.code, unknown.param) == ("model_not_found", "model")
     wrong = expect(openai.BadRequestError, lambda: chat(client, temperature=9))
     assert wrong.param == "temperature"
-    tools = expect(openai.BadRequestError, lambda: chat(client, tools=[{"type": "function", "function": {"name": "f"}}]))
+    tools = expect(
+        openai.BadRequestError, lambda: chat(client, tools=[{"type": "function", "function": {"name": "f"}}])
+    )
     assert tools.code == "unsupported_parameter"
     long = expect(openai.BadRequestError, lambda: complete(client, prompt="word " * 1000))
     assert long.code == "context_length_exceeded"
@@ -137,7 +147,7 @@ def errors(client: OpenAI) -> None:
     expect(openai.BadRequestError, lambda: chat(client, response_format={"type": "json_object"}))
 
 
-def expect(kind: type[Exception], work: Callable[[], object]):
+def expect(kind: type[Exception], work: Callable[[], object]) -> Any:
     try:
         work()
     except kind as error:

@@ -55,7 +55,9 @@ class Service:
     def root(self) -> str:
         return self.url.removesuffix("/v1")
 
-    def new_key(self, tenant: str = "acme", limits: Limits | None = None, scopes: tuple[Scope, ...] = ("infer",)) -> str:
+    def new_key(
+        self, tenant: str = "acme", limits: Limits | None = None, scopes: tuple[Scope, ...] = ("infer",)
+    ) -> str:
         """A key, known to the service once this returns."""
         keys = Keys(StateLog(self.registry.root, "keys"))
         made = keys.create(tenant, time.time(), scopes=scopes, limits=limits or Limits(concurrency=None))

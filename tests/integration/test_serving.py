@@ -6,33 +6,21 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import openai_checks
 import pytest
 from langchain_openai import ChatOpenAI
 from openai import OpenAI
-from serving_service import QUESTION, RANKS, Service, oracle, serving
+from serving_service import QUESTION, RANKS, Service, oracle
 
-from tunesmith.cluster.session import RaySession
 from tunesmith.serving.config import Limits
 
 PROMPT = [5, 9, 30, 31, 32, 40]
-PANEL = {
-    "layers": [[{"model": "small", "role": "one"}, {"model": "medium", "role": "two"}]],
-    "aggregator": {"model": "tiny"},
-    "deadline_s": 30,
-}
-
-
-@pytest.fixture(scope="module")
-def service(ray_session: RaySession, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    settings = {"bases": {"tiny": {"engine": "transformers"}}, "agents": {"panel": PANEL}}
-    with serving(ray_session, tmp_path_factory.mktemp("service"), settings) as running:
-        yield running
 
 
 @pytest.mark.parametrize("check", openai_checks.CHECKS, ids=lambda check: check.__name__)
@@ -76,9 +64,7 @@ def test_lm_eval_scores_prompts_of_token_ids(service: Service) -> None:
         assert len(short["logprobs"]["tokens"]) == len(PROMPT) + extra
         assert scored["logprobs"]["token_logprobs"][0] is None
         ours = slice(len(PROMPT), len(PROMPT) + 6)
-        pairs = zip(
-            scored["logprobs"]["token_logprobs"][ours], scored["logprobs"]["top_logprobs"][ours], strict=True
-        )
+        pairs = zip(scored["logprobs"]["token_logprobs"][ours], scored["logprobs"]["top_logprobs"][ours], strict=True)
         assert all(math.isclose(one, max(top.values())) for one, top in pairs), "the greedy continuation is greedy"
 
 
@@ -121,16 +107,10 @@ def test_a_mixture_is_a_model_like_any_other(service: Service) -> None:
 def test_without_a_key_nothing_is_told(service: Service) -> None:
     for path in ("/v1/models", "/metrics", "/admin/adapters"):
         for headers in ({}, {"Authorization": "Bearer nonsense"}, {"Authorization": "Basic YTpi"}):
-            answer = openai_free_get(service, path, headers)
+            answer = httpx.get(service.root + path, headers=headers, timeout=30)
             assert answer.status_code == 401, (path, answer.text)
             assert answer.headers["www-authenticate"] == "Bearer"
             assert answer.json()["error"]["code"] == "invalid_api_key"
-
-
-def openai_free_get(service: Service, path: str, headers: dict[str, str]) -> Any:
-    import httpx
-
-    return httpx.get(service.root + path, headers=headers, timeout=30)
 
 
 def test_a_key_for_asking_changes_nothing(service: Service) -> None:

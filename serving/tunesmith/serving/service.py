@@ -105,29 +105,34 @@ class DeskActor:
 
     async def enter(self, entry: Entry) -> Route:
         """See `Desk.enter`."""
-        if self._looking is None:
-            self._looking = asyncio.create_task(self._desk.keep_looking())
-        return await self._desk.enter(entry)
+        return await self._awake.enter(entry)
 
     async def leave(self, id: str, used: int) -> None:
         """See `Desk.leave`."""
-        await self._desk.leave(id, used)
+        await self._awake.leave(id, used)
 
     async def hear(self, gateway: str) -> None:
         """See `Desk.hear`."""
-        self._desk.hear(gateway)
+        self._awake.hear(gateway)
 
     async def models(self, authorization: str | None) -> list[tuple[str, str]]:
         """See `Desk.models`."""
-        return self._desk.models(authorization)
+        return self._awake.models(authorization)
 
     async def admin(self, authorization: str | None, change: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """See `Desk.admin`."""
-        return self._desk.admin(authorization, change, arguments)
+        return await self._awake.admin(authorization, change, arguments)
 
     async def metrics(self, authorization: str | None) -> str:
         """For Prometheus."""
-        return self._desk.metrics(authorization)
+        return self._awake.metrics(authorization)
+
+    @property
+    def _awake(self) -> Desk:
+        """The desk, which looks for changes from its first call on: an actor's constructor has no event loop."""
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._desk.keep_looking())
+        return self._desk
 
 
 class RayBackend:
