@@ -154,8 +154,7 @@ def test_what_the_openapi_document_allows_never_ends_in_a_failure_of_the_server(
     assert service.is_ready()
 
 
-def try_all(service: Service, operation: Any, mode: GenerationMode, failures: list[str], statuses: list[int]
-) -> None:
+def try_all(service: Service, operation: Any, mode: GenerationMode, failures: list[str], statuses: list[int]) -> None:
     strategy: st.SearchStrategy[Any] = operation.as_strategy(generation_mode=mode)
 
     @seed(4)
