@@ -30,7 +30,7 @@ RANKS = {"small": 4, "medium": 8, "large": 16}
 QUESTION: list[Any] = [{"role": "user", "content": "What is it?"}]
 SIZES = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
 """Attention heads that vLLM takes."""
-CONTEXT = 512
+CONTEXT = 2048
 
 
 @dataclass

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
-from serving_load import Outcome, a_client, ask, streaming
+from serving_load import Outcome, a_client, arriving, ask, percentile, streaming
 from serving_service import QUESTION, Service, free_port, processes, serving
 
 from tunesmith.cluster.session import RaySession
@@ -24,6 +25,9 @@ REPLICA, DESK, GATEWAY = (
     "ray::ServeReplica:tunesmith:gateway",
 )
 DEADLINE_S = 4.0
+LONG = {"model": "narrow", "messages": QUESTION, "max_tokens": 1900, "ignore_eos": True}
+"""Takes seconds on a base that has one slot."""
+WORK: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
 MOVES = """
 import sys, time
 from tunesmith.serving.registry import Registry
@@ -41,12 +45,14 @@ def stalled() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def service(ray_session: RaySession, tmp_path_factory: pytest.TempPathFactory, stalled: int) -> Iterator[Service]:
+@pytest.fixture(scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.matrix)])
+def service(
+    ray_session: RaySession, tmp_path_factory: pytest.TempPathFactory, stalled: int, request: pytest.FixtureRequest
+) -> Iterator[Service]:
     settings = {
         "bases": {
-            "tiny": {"engine": "transformers", "replicas": 2, "max_batch": 8},
-            "narrow": {"engine": "transformers", "max_batch": 1},
+            "tiny": {"engine": request.param, "replicas": 2, "max_batch": 8},
+            "narrow": {"engine": request.param, "max_batch": 1},
         },
         "endpoints": {
             "stalled": {"url": f"http://127.0.0.1:{stalled}/v1"},
@@ -146,38 +152,69 @@ def test_a_killed_desk_is_noticed_by_nobody(service: Service) -> None:
 
 def test_a_client_that_leaves_gives_its_slot_back_within_a_second(service: Service) -> None:
     """The base has one slot at the desk and one in the engine, so that the next request shows when both are free."""
-    long = {"model": "narrow", "messages": QUESTION, "max_tokens": 400, "ignore_eos": True}
     lone = first_token(service)
-    with httpx.stream("POST", f"{service.url}/chat/completions", json={**long, "stream": True},
-                      headers=service.headers(), timeout=30) as answer:  # fmt: skip
-        next(answer.iter_lines())
+    with long_answer(service):
+        pass
     assert first_token(service) < lone + 1
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{service.url}/chat/completions", json=long, headers=service.headers(), timeout=0.5)
+        post(service, LONG, 0.5)
     assert first_token(service) < lone + 1
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_the_queue_leaves_no_gap(service: Service, stream: bool) -> None:
-    long = {"model": "narrow", "messages": QUESTION, "max_tokens": 400, "ignore_eos": True, "stream": True}
-    with httpx.stream(
-        "POST", f"{service.url}/chat/completions", json=long, headers=service.headers(), timeout=30
-    ) as answer:
-        lines = answer.iter_lines()
-        next(lines)
+    with long_answer(service):
         for _ in range(3):
             with pytest.raises(httpx.ReadTimeout):
-                body = {**long, "stream": stream}
-                httpx.post(f"{service.url}/chat/completions", json=body, headers=service.headers(), timeout=0.3)
+                post(service, {**LONG, "stream": stream}, 0.3)
     assert first_token(service) < 2
 
 
+@contextmanager
+def long_answer(service: Service) -> Iterator[None]:
+    """A client that has begun to read the answer of the narrow base, and leaves at the end of the block."""
+    body = {**LONG, "stream": True}
+    url = f"{service.url}/chat/completions"
+    with httpx.stream("POST", url, json=body, headers=service.headers(), timeout=30) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        yield
+
+
+def post(service: Service, body: dict[str, Any], patience_s: float) -> httpx.Response:
+    return httpx.post(f"{service.url}/chat/completions", json=body, headers=service.headers(), timeout=patience_s)
+
+
 def first_token(service: Service) -> float:
+    """Seconds that the next request for the narrow base takes."""
     began = time.monotonic()
-    body = {"model": "narrow", "messages": QUESTION, "max_tokens": 1}
-    answer = httpx.post(f"{service.url}/chat/completions", json=body, headers=service.headers(), timeout=90)
+    answer = post(service, {**LONG, "max_tokens": 1}, 90)
     assert answer.status_code == 200, answer.text
     return time.monotonic() - began
+
+
+@pytest.mark.parametrize("seconds", [20, pytest.param(60, marks=pytest.mark.matrix)])
+def test_ten_times_the_load_that_can_be_answered(service: Service, seconds: int) -> None:
+    async def alone() -> list[Outcome]:
+        async with a_client(service, 1) as client:
+            return [await ask(client, service, "narrow", **WORK) for _ in range(10)]
+
+    asyncio.run(alone())
+    unloaded = asyncio.run(alone())
+    with streaming(service, 2, "narrow", **WORK) as full:
+        time.sleep(8)
+    capacity = sum(one.is_whole for one in full.outcomes) / 8
+    watched = processes(DESK) + processes(GATEWAY)
+    before = sum(one.memory_info().rss for one in watched)
+    outcomes = asyncio.run(arriving(service, "narrow", 10 * capacity, seconds, **WORK))
+    after = sum(one.memory_info().rss for one in watched)
+    accepted = [one for one in outcomes if one.status == 200]
+    assert {one.status for one in outcomes} <= {200, 429, 503}
+    assert [one for one in outcomes if one.status != 200 and not one.retry_after] == []
+    assert [one for one in accepted if not one.is_whole] == []
+    assert len(accepted) > capacity * seconds / 2
+    assert after - before < 100 * 2**20
+    assert percentile([one.seconds for one in accepted], 0.99) < 3 * percentile([one.seconds for one in unloaded], 0.99)
 
 
 def test_a_mixture_with_a_stalled_and_a_dead_proposer_answers_by_the_deadline(service: Service) -> None:

@@ -330,4 +330,4 @@ def capacity(config: Serve) -> tuple[dict[str, int], dict[str, int]]:
         for name, base in config.bases.items()
     }
     slots = {name: base.max_batch * replicas[name] for name, base in config.bases.items()}
-    return slots, {name: max(1, base.max_queue * replicas[name]) for name, base in config.bases.items()}
+    return slots, {name: max(1, base.queue_length * replicas[name]) for name, base in config.bases.items()}

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -30,6 +31,8 @@ DESK = "tunesmith-desk"
 HEARTBEAT_S = 2.0
 DESK_PATIENCE_S = 15.0
 """How long requests wait for a desk that is being restarted."""
+SPARE = 64
+"""Requests that a gateway takes beyond those that bases work on or let wait: mixtures, lists, and what is refused."""
 TRIES = 3
 """Of a request that has brought nothing yet, on a replica that died under it."""
 
@@ -277,8 +280,7 @@ def deploy(config: Serve, bases: dict[str, BaseRef]) -> None:
         deployment = serve.deployment(EngineReplica).options(  # type: ignore[attr-defined]
             name=f"engine-{name}",
             ray_actor_options={"num_cpus": base.cpus, "num_gpus": base.gpus},
-            max_ongoing_requests=base.max_batch + base.max_queue,
-            max_queued_requests=base.max_queue * 4,
+            max_ongoing_requests=base.max_batch + base.queue_length,  # the desk bounds what waits beyond it
             health_check_period_s=2,
             health_check_timeout_s=300,
             graceful_shutdown_timeout_s=60,
@@ -289,11 +291,19 @@ def deploy(config: Serve, bases: dict[str, BaseRef]) -> None:
         name="gateway",
         num_replicas=config.http.gateways,
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=10_000,
+        max_ongoing_requests=most_open(config),
+        max_queued_requests=SPARE,
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=2),
         graceful_shutdown_timeout_s=60,
     )
     serve.start(http_options={"host": config.http.host, "port": config.http.port})
     serve.run(gateway.bind(plain, engines), name=APPLICATION, route_prefix="/")
+
+
+def most_open(config: Serve) -> int:
+    """Requests that a gateway may have open: more than those that the desk lets in would only grow old in it."""
+    slots, queue = capacity(config)
+    return sum(slots.values()) + sum(queue.values()) + SPARE
 
 
 @serve.ingress()
