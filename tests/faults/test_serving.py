@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import psutil
 import pytest
+from ray import serve
 from serving_load import Outcome, a_client, arriving, ask, percentile, streaming
 from serving_service import QUESTION, Service, free_port, processes, serving
 
@@ -126,10 +128,12 @@ def test_a_killed_replica_loses_its_own_requests_only_and_comes_back(service: Se
     with streaming(service, 16, "support", max_tokens=48, ignore_eos=True) as load:
         time.sleep(3)
         victim = processes(REPLICA)[0]
+        orphans = victim.children(recursive=True)
         victim.kill()
         killed = time.monotonic()
-        wait_until(lambda: len(processes(REPLICA)) == 2 and victim.pid not in {one.pid for one in processes(REPLICA)})
+        wait_until(lambda: victim.pid not in {one.pid for one in processes(REPLICA)} and running("engine-tiny") == 2)
         time.sleep(3)
+    assert psutil.wait_procs(orphans, 30)[1] == [], "an engine's own processes end with it"
     assert len(load.broken) <= 16
     assert [one for one in load.broken if not one.sent < killed < one.ended] == []
     assert any(one.sent > killed and one.is_whole for one in load.outcomes)
@@ -230,6 +234,12 @@ def test_a_mixture_with_a_stalled_and_a_dead_proposer_answers_by_the_deadline(se
     chunks = list(client.chat.completions.create(model="panel", messages=QUESTION, max_tokens=16, stream=True))
     flagged: Any = [one.model_extra for one in chunks if one.model_extra]
     assert flagged[-1]["mixture"]["timed_out"] == ["a"]
+
+
+def running(deployment: str) -> int:
+    """Replicas that take requests."""
+    states = serve.status().applications["tunesmith"].deployments[deployment].replica_states
+    return states.get("RUNNING", 0)
 
 
 def wait_until(is_so: Any, seconds: float = 90) -> None:
