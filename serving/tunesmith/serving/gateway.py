@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import uuid
@@ -29,6 +30,8 @@ from tunesmith.serving.protocol import (
 )
 from tunesmith.serving.protocol_inputs import EmbeddingRequest, TokenizeRequest
 from tunesmith.serving.wire import Events, body_of, every, merged, object_of, whole
+
+_log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
@@ -245,6 +248,8 @@ class Gateway:
         id = f"{kind}-{uuid.uuid4().hex}"
         entry = Entry(id, self._name, _key(request), sent.model, sent.user, tokens)
         turn = Turn(await self._backend.enter(entry), id, int(time.time()))
+        if self._config.http.log_prompts:
+            _log.info("%s: %s", id, sent.model_dump_json(exclude_unset=True))
         try:
             yield turn
         finally:
