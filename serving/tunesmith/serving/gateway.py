@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 import uuid
@@ -41,6 +42,8 @@ BODIES: dict[str, type[BaseModel]] = {
     "/admin/adapters/{name}/aliases/{alias}/split": SplitRequest,
 }
 """What each path takes."""
+
+_log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
@@ -258,6 +261,8 @@ class Gateway:
         entry = Entry(id, self._name, _key(request), sent.model, sent.user, tokens)
         turn = Turn(await self._entered(entry), id, int(time.time()))
         try:
+            if self._config.http.log_prompts:
+                _log.info("%s: %s", id, sent.model_dump_json(exclude_unset=True))
             yield turn
         finally:
             self._backend.leave(id, turn.used)
