@@ -66,7 +66,8 @@ def service(
                             {"model": "b", "endpoint": "dead"}]],
                 "aggregator": {"model": "tiny"},
                 "deadline_s": DEADLINE_S,
-            }
+            },
+            "impatient": {"layers": [[{"model": "tiny"}, {"model": "narrow"}]], "deadline_s": 2},
         },
         "http": {"gateways": 2},
     }  # fmt: skip
@@ -174,6 +175,14 @@ def test_a_client_that_leaves_the_queue_leaves_no_gap(service: Service, stream: 
     assert first_token(service) < 2
 
 
+def test_a_proposer_that_is_given_up_while_it_waits_leaves_no_gap(service: Service) -> None:
+    with long_answer(service):
+        answer = post(service, {"model": "impatient", "messages": QUESTION, "max_tokens": 4}, 30)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["mixture"]["timed_out"] == ["narrow"]
+    assert first_token(service) < 2
+
+
 @contextmanager
 def long_answer(service: Service) -> Iterator[None]:
     """A client that has begun to read the answer of the narrow base, and leaves at the end of the block."""
@@ -238,7 +247,7 @@ def test_a_mixture_with_a_stalled_and_a_dead_proposer_answers_by_the_deadline(se
 
 def running(deployment: str) -> int:
     """Replicas that take requests."""
-    states = serve.status().applications["tunesmith"].deployments[deployment].replica_states
+    states: Any = serve.status().applications["tunesmith"].deployments[deployment].replica_states
     return states.get("RUNNING", 0)
 
 

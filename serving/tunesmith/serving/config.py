@@ -51,8 +51,7 @@ class Base(Section):
     max_batch: PositiveInt = 8
     """Sequences that a replica works on at once."""
     max_queue: NonNegativeInt | None = None
-    """Requests that may wait for a replica; beyond it the answer is 503 with Retry-After. None is `max_batch`: a request
-    then waits for about as long as one is worked on, and no longer."""
+    """Requests that may wait for a replica; beyond it the answer is 503 with Retry-After. None is `max_batch`."""
     max_adapters: PositiveInt = 8
     """Adapters that share one batch; that many are held beside the base."""
     max_cached_adapters: PositiveInt = 64
@@ -72,7 +71,7 @@ class Base(Section):
 
     @property
     def queue_length(self) -> int:
-        """Requests that may wait for a replica."""
+        """Requests that may wait for a replica. With `max_batch` one waits for about as long as one is worked on."""
         return self.max_batch if self.max_queue is None else self.max_queue
 
 
