@@ -1,4 +1,4 @@
-"""One service for all tests of this folder that ask one."""
+"""A service for the tests of each module that asks one: two cannot run in one Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PANEL = {
 }
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def service(ray_session: RaySession, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     settings = {"bases": {"tiny": {"engine": "transformers"}}, "agents": {"panel": PANEL}}
     with serving(ray_session, tmp_path_factory.mktemp("service"), settings) as running:
