@@ -22,6 +22,7 @@ from tunesmith.serving.config import Base, Serve
 from tunesmith.serving.desk import Desk, Entry, Route, capacity
 from tunesmith.serving.engines.protocol import Ask, Piece, Version
 from tunesmith.serving.gateway import Gateway
+from tunesmith.serving.metrics import Report
 from tunesmith.serving.registry import Registry
 
 APPLICATION = "tunesmith"
@@ -116,9 +117,9 @@ class DeskActor:
             self._looking = asyncio.create_task(self._desk.keep_looking())
         return await self._desk.enter(entry)
 
-    async def leave(self, id: str, used: int) -> None:
+    async def leave(self, id: str, report: Report) -> None:
         """See `Desk.leave`."""
-        await self._desk.leave(id, used)
+        await self._desk.leave(id, report)
 
     async def hear(self, gateway: str) -> None:
         """See `Desk.hear`."""
@@ -151,9 +152,9 @@ class RayBackend:
             self._beating = asyncio.create_task(self._beat())
         return await self._at_desk("enter", entry)
 
-    def leave(self, id: str, used: int) -> None:
+    def leave(self, id: str, report: Report) -> None:
         """See `Desk.leave`; not waited for."""
-        self._desk.leave.remote(id, used)
+        self._desk.leave.remote(id, report)
 
     async def models(self, authorization: str | None) -> list[tuple[str, str]]:
         """See `Desk.models`."""
