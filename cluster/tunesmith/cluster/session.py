@@ -208,7 +208,7 @@ class RaySession:
             # that every user of the machine can read; a token in our environment stays with this user.
             wanted |= LOCAL_SETTINGS
             if not _token_exists():
-                wanted["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+                wanted["RAY_AUTH_TOKEN"] = _own_token()
         for name, value in wanted.items():
             if name not in os.environ:
                 self._saved_environment[name] = None
@@ -221,6 +221,12 @@ class RaySession:
             if value is None:
                 os.environ.pop(name, None)
         self._saved_environment.clear()
+
+
+@functools.cache
+def _own_token() -> str:
+    """One for all Rays that this process starts: Ray reads it once."""
+    return secrets.token_hex(32)
 
 
 def _gpu_kind(resources: dict[str, float]) -> str:

@@ -179,3 +179,48 @@ def keys_revoke(
     from tunesmith.serving import keys_command
 
     keys_command.revoke(registry, id, as_json)
+
+
+Url = Annotated[str, typer.Option("--url", envvar="TUNESMITH_URL", help="The service's base URL.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--key", envvar="TUNESMITH_API_KEY", help="Its API key; better given in the environment."),
+]
+LOCAL = "http://127.0.0.1:8000/v1"
+
+
+def serve(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file: docs/serve.md.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Serve bases, adapters and mixtures of agents behind OpenAI's API, until it is told to end."""
+    from tunesmith.serving import serve_command
+
+    serve_command.run(config, as_json)
+
+
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An adapter, a base or a mixture.", show_default=False)],
+    url: Url = LOCAL,
+    key: ApiKey = None,
+) -> None:
+    """Talk to a served model; /model changes it."""
+    from tunesmith.serving.chat import talk
+
+    talk(url, key, model)
+
+
+def certify(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Its folder.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", help="The name it is served by.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option("--base", help="Name of the base it runs on. [default: found by itself]")
+    ] = None,
+    url: Url = LOCAL,
+    key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a running service answers as the model that was trained. Exit code 1 when it does not."""
+    from tunesmith.serving import certify_command
+
+    certify_command.run(artifact, model, base, url, key, as_json)

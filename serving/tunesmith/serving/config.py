@@ -138,8 +138,8 @@ class Http(Section):
 
     host: str = "127.0.0.1"
     """Address; only this machine reaches the default."""
-    port: int = Field(default=8000, ge=0, le=65535)
-    """Port; 0 takes a free one."""
+    port: int = Field(default=8000, ge=1, le=65535)
+    """Port."""
     gateways: PositiveInt = 1
     """Processes that take requests."""
     max_body_mib: PositiveFloat = 4.0

@@ -22,7 +22,13 @@ from tunesmith.serving.engines.protocol import Ask, Message, Piece, Sampling, Ve
 from tunesmith.serving.limits import estimated_tokens
 from tunesmith.serving.metrics import LEFT, Report, status_of
 from tunesmith.serving.outside import Outside
-from tunesmith.serving.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, to_ask, to_asks
+from tunesmith.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    to_ask,
+    to_asks,
+)
+from tunesmith.serving.protocol_inputs import EmbeddingRequest, TokenizeRequest
 from tunesmith.serving.wire import Events, body_of, every, merged, object_of, whole
 
 
@@ -32,6 +38,7 @@ class Backend(Protocol):
     async def enter(self, entry: Entry) -> Route: ...
     def leave(self, id: str, report: Report) -> None: ...
     def generate(self, base: str, ask: Ask) -> AsyncIterator[Piece]: ...
+    async def tokenize(self, base: str, ask: Ask) -> list[int]: ...
     async def embed(self, base: str, prompts: Any, version: Version | None) -> list[list[float]]: ...
     async def models(self, authorization: str | None) -> list[tuple[str, str]]: ...
     async def admin(self, authorization: str | None, change: str, arguments: dict[str, Any]) -> dict[str, Any]: ...
@@ -115,6 +122,7 @@ class Gateway:
         app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest))(self.chat)
         app.post("/v1/completions", openapi_extra=_body(CompletionRequest))(self.complete)
         app.post("/v1/embeddings", openapi_extra=_body(EmbeddingRequest))(self.embed)
+        app.post("/tokenize", openapi_extra=_body(TokenizeRequest))(self.tokenize)
         app.get("/v1/models")(self.models)
         app.get("/v1/models/{model:path}")(self.model)
         app.get("/healthz")(self.healthz)
@@ -198,6 +206,16 @@ class Gateway:
             vectors = await self._backend.embed(turn.route.base, sent.prompts, _version(turn.route))
             turn.prompt_tokens = tokens
             return _json(answers.embedding_answer(sent.model, vectors, tokens, sent.encoding_format), turn)
+
+    async def tokenize(self, request: Request) -> Response:
+        """The tokens that a text or a conversation becomes for a model; vLLM has this route too."""
+        sent = parse_body(await body_of(request, self._most), TokenizeRequest, self._most)
+        async with self._turn(request, sent, "tokenize", 0) as turn:
+            if turn.route.agent is not None:
+                raise RequestError("a mixture of agents has no tokens of its own", param="model")
+            ask = Ask(turn.id, sent.asked, _version(turn.route), sampling=Sampling(max_tokens=0))
+            tokens = await self._backend.tokenize(turn.route.base, ask)
+            return _json({"count": len(tokens), "tokens": tokens}, turn)
 
     async def models(self, request: Request) -> Response:
         """What the key may ask for."""

@@ -6,7 +6,7 @@ and a key that OpenAI does not know either is refused too. Only what cannot chan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -54,7 +54,6 @@ _REFUSED_CHAT: dict[str, tuple[Any, ...]] = {
     "moderation": (),
 }
 _REFUSED_COMPLETION: dict[str, tuple[Any, ...]] = {"logit_bias": ({},), "suffix": ("",)}
-_REFUSED_EMBEDDING: dict[str, tuple[Any, ...]] = {"dimensions": ()}
 _REFUSED_MESSAGE: dict[str, tuple[Any, ...]] = {
     "name": ("",),
     "tool_calls": ([],),
@@ -86,7 +85,7 @@ Prompts = Annotated[
 ]
 
 
-class _Request(BaseModel):
+class StrictRequest(BaseModel):
     """Base of what clients send: strict types, as JSON has them."""
 
     model_config = ConfigDict(
@@ -110,7 +109,7 @@ class _Request(BaseModel):
         return kept
 
 
-class StreamOptions(_Request):
+class StreamOptions(StrictRequest):
     """Of a streamed answer."""
 
     refused = _REFUSED_STREAM
@@ -144,7 +143,7 @@ def _text_of(content: Any) -> Any:
     return "\n".join(texts)
 
 
-class ChatMessage(_Request):
+class ChatMessage(StrictRequest):
     """One message of a conversation."""
 
     refused = _REFUSED_MESSAGE
@@ -155,7 +154,7 @@ class ChatMessage(_Request):
     """Text, or text parts."""
 
 
-class JsonSchema(_Request):
+class JsonSchema(StrictRequest):
     """What an answer must fit."""
 
     name: str = Field(min_length=1, max_length=64)
@@ -168,7 +167,7 @@ class JsonSchema(_Request):
     """The answer always fits, whether asked or not."""
 
 
-class ResponseFormat(_Request):
+class ResponseFormat(StrictRequest):
     """The shape of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -196,7 +195,7 @@ Stop = Annotated[
 ]
 
 
-class _Generation(_Request):
+class _Generation(StrictRequest):
     """What both ways of generating share."""
 
     unheard = UNHEARD
@@ -295,9 +294,7 @@ class ChatRequest(_Generation):
     @property
     def conversation(self) -> list[Message]:
         """Messages as engines take them."""
-        return [
-            {"role": "system" if one.role == "developer" else one.role, "content": one.content} for one in self.messages
-        ]
+        return conversation_of(self.messages)
 
 
 class CompletionRequest(_Generation):
@@ -329,7 +326,7 @@ class CompletionRequest(_Generation):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """Every prompt."""
-        return _listed(self.prompt)
+        return listed(self.prompt)
 
     @property
     def scores_only(self) -> bool:
@@ -337,23 +334,9 @@ class CompletionRequest(_Generation):
         return self.max_tokens == 0
 
 
-class EmbeddingRequest(_Request):
-    """`/v1/embeddings`."""
-
-    refused = _REFUSED_EMBEDDING
-    unheard = UNHEARD | {"user"}
-
-    model: str = Field(min_length=1, max_length=256)
-    """A base or an adapter's alias."""
-    input: Prompts
-    """A text, token ids, or a list of either."""
-    encoding_format: Literal["float", "base64"] | None = None
-    """`base64` is of little-endian 32-bit floats."""
-
-    @property
-    def prompts(self) -> list[str] | list[list[int]]:
-        """Every text or list of token ids."""
-        return _listed(self.input)
+def conversation_of(messages: Sequence[ChatMessage]) -> list[Message]:
+    """Messages as engines take them."""
+    return [{"role": "system" if one.role == "developer" else one.role, "content": one.content} for one in messages]
 
 
 def to_ask(request: ChatRequest, id: str, version: Version | None) -> Ask:
@@ -385,7 +368,7 @@ def _schema_of(format: ResponseFormat | None) -> dict[str, Any] | None:
     return (format.json_schema.schema_ or {}) if format.json_schema else {}
 
 
-def _listed(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str] | list[list[int]]:
+def listed(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str] | list[list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     many = [prompt] if isinstance(prompt[0], int) else prompt

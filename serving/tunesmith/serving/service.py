@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import uuid
 from collections.abc import AsyncIterator
@@ -46,7 +47,8 @@ def engine_kind(base: Base) -> str:
 class EngineReplica:
     """One copy of an engine, in a process of its own."""
 
-    def __init__(self, name: str, ref: BaseRef, settings: dict[str, Any], registry: str) -> None:
+    async def __init__(self, name: str, ref: BaseRef, settings: dict[str, Any], registry: str) -> None:  # type: ignore[misc]
+        """Serve waits for it: a replica takes requests once its engine has started."""
         base = Base(**settings)
         if engine_kind(base) == "vllm":
             from tunesmith.serving.engines.vllm import VllmEngine as Engine
@@ -56,34 +58,25 @@ class EngineReplica:
         self._registry = Registry(registry)
         self._cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "adapters"
         self._folders: dict[str, str] = {}
-        self._start: asyncio.Task[None] | None = None
-        self._starting = asyncio.Lock()
-
-    async def __ray_ready__(self) -> None:
-        """Serve waits for nothing here; see `check_health`."""
+        await self._engine.start()
 
     async def check_health(self) -> None:
-        """Starts the engine at first, and raises when it has died."""
-        await self._started()
+        """Raises when the engine has died."""
         if hasattr(self._engine, "check_health"):
             await self._engine.check_health()
 
-    async def _started(self) -> None:
-        async with self._starting:
-            if self._start is None:
-                self._start = asyncio.create_task(self._engine.start())
-            await self._start
-
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """See `Engine.generate`; the version's folder is this replica's own copy."""
-        await self._started()
         async with contextlib.aclosing(self._engine.generate(await self._local(ask))) as pieces:
             async for piece in pieces:
                 yield piece
 
+    async def tokenize(self, ask: Ask) -> list[int]:
+        """See `Engine.tokenize`."""
+        return await self._engine.tokenize(await self._local(ask))
+
     async def embed(self, prompts: Any, version: Version | None) -> list[list[float]]:
         """See `Engine.embed`."""
-        await self._started()
         return await self._engine.embed(prompts, await self._copied(version))
 
     async def _local(self, ask: Ask) -> Ask:
@@ -200,6 +193,13 @@ class RayBackend:
             finally:
                 stream.cancel()  # a client that has left gives its slot back at once
 
+    async def tokenize(self, base: str, ask: Ask) -> list[int]:
+        """See `Engine.tokenize`."""
+        try:
+            return await self._engines[base].tokenize.remote(ask)
+        except Exception as error:
+            raise as_request_error(error) from error
+
     async def embed(self, base: str, prompts: Any, version: Version | None) -> list[list[float]]:
         """See `Engine.embed`."""
         try:
@@ -259,6 +259,7 @@ def deploy(config: Serve, bases: dict[str, BaseRef]) -> None:
         RuntimeError: an engine does not start; the text is its own.
     """
     registry = config.registry if "://" in config.registry else str(Path(config.registry).absolute())
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     plain = config.model_dump(mode="json") | {"registry": registry}
     digests = {name: ref.digest for name, ref in bases.items()}
     ray.remote(DeskActor).options(
@@ -301,3 +302,12 @@ class GatewayReplica:
     def __serve_build_asgi_app__(self) -> Any:
         name = uuid.uuid4().hex
         return Gateway(self._config, RayBackend(self._engines, name), name).app()
+
+
+def take_down() -> None:
+    """Ends the service: requests at work may finish, then Serve and the desk go."""
+    serve.shutdown()
+    try:
+        ray.kill(ray.get_actor(DESK))
+    except ValueError:  # it never came up
+        return

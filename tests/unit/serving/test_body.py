@@ -10,7 +10,8 @@ import pytest
 
 from tunesmith.cluster.errors import RequestError
 from tunesmith.serving.body import parse_body
-from tunesmith.serving.protocol import ChatRequest, CompletionRequest, EmbeddingRequest
+from tunesmith.serving.protocol import ChatRequest, CompletionRequest
+from tunesmith.serving.protocol_inputs import EmbeddingRequest
 
 MIB = 1024 * 1024
 GOOD = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}

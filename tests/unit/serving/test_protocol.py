@@ -9,7 +9,8 @@ import pytest
 from tunesmith.cluster.errors import RequestError
 from tunesmith.serving.body import parse_body
 from tunesmith.serving.engines.protocol import Version
-from tunesmith.serving.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, to_ask, to_asks
+from tunesmith.serving.protocol import ChatRequest, CompletionRequest, to_ask, to_asks
+from tunesmith.serving.protocol_inputs import EmbeddingRequest
 
 VERSION = Version("d" * 64, "/nowhere")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tunesmith.cluster.recipe.load import load_recipe
 from tunesmith.trainers import quickstart
@@ -50,7 +53,10 @@ def test_writing_again_changes_no_byte(folder: Path) -> None:
 
 def test_the_summary_names_losses_receipts_and_where_things_lie() -> None:
     stage = Stage("q/2-answers.yaml", "2-answers", "q/runs/2-answers/artifact", 60, 30.0, 5.5, 2.25, True, False)
-    said = quickstart.summary(Path("q"), [stage], 61.0)
-    assert "5.500    2.250      60   passed   FAILED" in said
-    assert "q/runs/2-answers/artifact/receipts/mask.html" in said
-    assert "Done in 61 s" in said
+    assert "5.500    2.250      60   passed   FAILED" in quickstart.summary([stage])
+    for answers, is_offered in (({}, False), ({"answers": []}, True)):
+        said = io.StringIO()
+        quickstart.say_end(Path("q"), {"stages": [asdict(stage)], "seconds": 61.0, **answers}, Console(file=said))
+        assert "q/runs/2-answers/artifact/receipts/mask.html" in said.getvalue()
+        assert "Done in 61 s" in said.getvalue()
+        assert ("serve q/serve.yaml" in said.getvalue()) == is_offered

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tunesmith.cluster.artifacts import ParityReceipt
+from tunesmith.cluster.artifacts import ParityReceipt, ParityRows
 from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import ReceiptError
 from tunesmith.cluster.recipe.load import recipe_hash
@@ -64,7 +64,8 @@ def write_artifact(
             receipt = parity.compare(
                 trained, folder, base, store, rows, quantization=recipe.model.quantization, dtype=dtype, device=device
             )
-            _save_receipts(run, receipt, folder)
+            scored = parity.scored_rows(trained, store, rows, recipe.model.quantization, dtype)
+            _save_receipts(run, receipt, scored, folder)
             about |= _about(recipe, base, data, receipt)
             (folder / "README.md").write_text(card.card(recipe, base, run, data, receipt, split), encoding="utf-8")
         return receipt
@@ -114,12 +115,14 @@ def save_weights(model: Any, weights: dict[str, Tensor], folder: Path, end_of_tu
 
     Args:
         model: the model that was trained, for its configs; its own weights are not read.
-        end_of_turn: token at which the whole model's generation shall stop, besides its own.
+        end_of_turn: token at which generation shall stop, besides the model's own.
     """
+    _stop_at(model, end_of_turn)
     if not hasattr(model, "peft_config"):
-        _stop_at(model, end_of_turn)
         model.save_pretrained(folder, state_dict=weights)
         return
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -169,12 +172,13 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _save_receipts(run: RunFolder, receipt: ParityReceipt, folder: Path) -> None:
+def _save_receipts(run: RunFolder, receipt: ParityReceipt, scored: ParityRows, folder: Path) -> None:
     receipts = folder / "receipts"
     if run.receipts.is_dir():
         shutil.copytree(run.receipts, receipts)
     receipts.mkdir(exist_ok=True)
     (receipts / "parity.json").write_text(receipt.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (receipts / "parity_rows.json").write_text(scored.model_dump_json() + "\n", encoding="utf-8")
 
 
 def _about(recipe: Recipe, base: BaseRef, data: Prepared, receipt: ParityReceipt) -> dict[str, Any]:

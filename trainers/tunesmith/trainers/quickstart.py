@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from tunesmith.cluster import storage
+from tunesmith.cluster.console import say
 from tunesmith.cluster.events import Listener, Note, ignore
 from tunesmith.cluster.recipe.load import load_recipe
-from tunesmith.cluster.session import RaySession
 from tunesmith.trainers import documentation, launch
 from tunesmith.trainers.closing import PASSED, closing, program
 
@@ -94,13 +96,11 @@ def run(folder: Path, on_event: Listener = ignore) -> dict[str, Any]:
     began = time.monotonic()
     on_event(Note(write_inputs(folder)))
     stages = []
-    with RaySession() as session:
-        session.start()  # one Ray for both stages
-        for recipe in (folder / "1-documentation.yaml", folder / "2-answers.yaml"):
-            on_event(Note(f"\n$ tunesmith train {recipe}"))
-            stages.append(_train(recipe, on_event))
+    for recipe in (folder / "1-documentation.yaml", folder / "2-answers.yaml"):
+        on_event(Note(f"\n$ tunesmith train {recipe}"))
+        stages.append(_train(recipe, on_event))
     seconds = time.monotonic() - began
-    on_event(Note(summary(folder, stages, seconds)))
+    on_event(Note(summary(stages)))
     return {"stages": [asdict(stage) for stage in stages], "seconds": seconds}
 
 
@@ -120,31 +120,40 @@ def write_inputs(folder: Path) -> str:
     )
 
 
-def summary(folder: Path, stages: list[Stage], seconds: float) -> str:
-    """What was reached, where it lies, and what to type next."""
+def summary(stages: list[Stage]) -> str:
+    """What was reached."""
     lines = ["", "held-out loss       before    after   steps   mask     parity"]
     for stage in stages:
         lines.append(
             f"{stage.run:<18} {stage.loss_before:7.3f}  {stage.loss_after:7.3f} {stage.steps:7}   "
             f"{PASSED[stage.mask_passed]:<8} {PASSED[stage.parity_passed]}"
         )
-    last = folder / "runs" / stages[-1].run
+    return "\n".join(lines)
+
+
+def say_end(folder: Path, summary: dict[str, Any], console: Console) -> None:
+    """Where everything lies, and what to type next.
+
+    Args:
+        summary: what `run` returned; with `answers` when the adapter was served.
+    """
+    last = folder / "runs" / summary["stages"][-1]["run"]
     command = program()
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Done in {seconds:.0f} s. Where everything lies:",
-            f"  {last}/artifact   the adapter, with its tokenizer, receipts and model card",
-            f"  {last}/artifact/receipts/mask.html   which tokens were trained, in colour",
-            f"  {last}/loss.png   the course of the loss",
-            f"  {folder}/2-answers.yaml   the recipe",
-            "What to type next:",
-            f"  {command} train examples/support/lora.yaml   another recipe, with its data",
-            f"  {command} train {folder}/2-answers.yaml --set name=mine --set data.train=yours.jsonl   your own data",
-            f"  {command} train --help",
-        ]
-    )
+    serving = [
+        f"  {command} serve {folder}/serve.yaml   serve it; then, in another terminal: {command} chat answers",
+    ]
+    lines = [
+        f"Done in {summary['seconds']:.0f} s. Where everything lies:",
+        f"  {last}/artifact   the adapter, with its tokenizer, receipts and model card",
+        f"  {last}/artifact/receipts/mask.html   which tokens were trained, in colour",
+        f"  {last}/loss.png   the course of the loss",
+        f"  {folder}/2-answers.yaml   the recipe",
+        "What to type next:",
+        *(serving if "answers" in summary else []),
+        f"  {command} train examples/support/lora.yaml   another recipe, with its data",
+        f"  {command} train {folder}/2-answers.yaml --set name=mine --set data.train=yours.jsonl   your own data",
+    ]
+    say(console, "\n".join(lines))
 
 
 def _train(recipe: Path, on_event: Listener) -> Stage:

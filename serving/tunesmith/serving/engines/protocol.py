@@ -147,6 +147,14 @@ class Engine(Protocol):
         """
         ...
 
+    async def tokenize(self, ask: Ask) -> list[int]:
+        """The tokens that a prompt becomes.
+
+        Raises:
+            RequestError: as `generate`.
+        """
+        ...
+
     async def embed(self, prompts: list[str] | list[list[int]], version: Version | None) -> list[list[float]]:
         """A vector for each prompt.
 

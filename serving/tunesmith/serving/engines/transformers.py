@@ -186,6 +186,10 @@ class TransformersEngine:
             for index in range(ask.n)
         ]  # fmt: skip
 
+    async def tokenize(self, ask: Ask) -> list[int]:
+        """See `Engine.tokenize`."""
+        return prompts.tokens_of(ask, self._tokenizers.of(ask.version), self._max_length, self._vocabulary)
+
     async def embed(self, prompts: list[str] | list[list[int]], version: Version | None) -> list[list[float]]:
         """See `Engine.embed`; a causal language model gives none."""
         raise RequestError(f"{self.name} gives no embeddings", status=404, param="model")

@@ -109,6 +109,10 @@ class VllmEngine:
             await outputs.aclose()  # gives the slot back at once when the client has left
             self._users[digest] -= 1
 
+    async def tokenize(self, ask: Ask) -> list[int]:
+        """See `Engine.tokenize`."""
+        return prompts.tokens_of(ask, self._tokenizers.of(ask.version), self._max_length, self._vocabulary)
+
     async def embed(self, prompts: list[str] | list[list[int]], version: Version | None) -> list[list[float]]:
         """See `Engine.embed`; a causal language model gives none."""
         raise RequestError(f"{self.name} gives no embeddings", status=404, param="model")

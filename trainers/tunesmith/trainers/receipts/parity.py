@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.cluster.artifacts import ParityReceipt
+from tunesmith.cluster.artifacts import ParityReceipt, ParityRows, ScoredRow
 from tunesmith.cluster.base import BaseRef
 from tunesmith.trainers.batch import collate
 from tunesmith.trainers.data.prepare import Prepared
@@ -132,6 +132,19 @@ def compare(
         base_difference=change,
         unmerged="".join(unmerged),
     )
+
+
+def scored_rows(
+    trained: Logps, store: TokenStore, rows: list[int], quantization: str | None, dtype: torch.dtype
+) -> ParityRows:
+    """The rows with what the training forward said of them, to hold a service against."""
+    tolerance = INT8_TOLERANCE if quantization == "int8" else TOLERANCES[dtype]
+    scored = []
+    for row, logps in zip(rows, trained, strict=True):
+        tokens, is_trained = store.example(row)
+        positions = (np.flatnonzero(is_trained[1:]) + 1).tolist()
+        scored.append(ScoredRow(tokens=tokens.tolist(), positions=positions, logprobs=np.round(logps, 6).tolist()))
+    return ParityRows(tolerance_mean=tolerance.mean, tolerance=tolerance.largest, rows=scored)
 
 
 def _reloaded(

@@ -1,0 +1,109 @@
+"""`tunesmith serve`: starts the service and stays until it is told to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tunesmith.cluster.console import print_json, say, stderr
+from tunesmith.cluster.errors import ServeConfigError
+from tunesmith.cluster.session import RaySession
+from tunesmith.serving.config import Serve, load_config
+from tunesmith.serving.registry import Registry
+from tunesmith.serving.statelog import StateLog
+
+
+def run(path: Path, as_json: bool) -> None:
+    """Serves a configuration until SIGINT or SIGTERM.
+
+    Raises:
+        UsageError: the configuration, a base or the port cannot be used.
+    """
+    config = load_config(path)
+    check(config)
+    stop = threading.Event()
+    with signals(stop), started(config) as url:
+        if as_json:
+            print_json({"url": url, "models": names(config)})
+        say(stderr(), f"{url} answers for {', '.join(names(config))}. Ctrl-C ends it.")
+        if config.http.auth == "keys" and not StateLog(config.registry, "keys").read()[1].get("keys"):
+            say(stderr(), f"There is no API key yet: tunesmith keys create TENANT --registry {config.registry}")
+        stop.wait()
+        say(stderr(), "ending: requests at work may finish")
+
+
+@contextmanager
+def started(config: Serve, session: RaySession | None = None) -> Iterator[str]:
+    """A service that runs within the block; yields its base URL.
+
+    Args:
+        session: a Ray that is there already; None starts one, or joins the cluster of RAY_ADDRESS.
+    """
+    with session or RaySession() as ray_session:
+        ray_session.nodes()
+        from tunesmith.serving import service
+
+        output = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
+        try:
+            service.deploy(config, service.find_bases(config, output))
+            host = f"[{config.http.host}]" if ":" in config.http.host else config.http.host
+            yield f"http://{host}:{config.http.port}/v1"
+        finally:
+            service.take_down()
+
+
+def names(config: Serve) -> list[str]:
+    """What clients may ask for."""
+    catalog = Registry(config.registry).read()[1]
+    return [*config.bases, *config.agents, *catalog.adapters]
+
+
+def check(config: Serve) -> None:
+    """Refuses what would fail later, or in silence.
+
+    Raises:
+        ServeConfigError: an adapter has the name of a base or a mixture, or the port is taken.
+    """
+    catalog = Registry(config.registry).read()[1]
+    twice = sorted(catalog.adapters.keys() & {*config.bases, *config.agents})
+    if twice:
+        raise ServeConfigError(
+            f"{', '.join(twice)}: both an adapter of {config.registry} and a base or mixture of the configuration",
+            "Give the base or mixture another name.",
+        )
+    with socket.socket(socket.AF_INET6 if ":" in config.http.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.http.host, config.http.port))
+        except OSError as error:
+            raise ServeConfigError(
+                f"http: {config.http.host}:{config.http.port} cannot be listened on ({error.strerror or error})",
+                "Choose another port, or end what listens there.",
+            ) from error
+
+
+@contextmanager
+def signals(stop: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set the event; a second one ends the process at once."""
+    seen: list[float] = []
+
+    def told(number: int, _frame: FrameType | None) -> None:
+        if seen and time.monotonic() - seen[0] > 0.5:
+            os._exit(128 + number)
+        seen.append(time.monotonic())
+        stop.set()
+
+    before: dict[int, Any] = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
