@@ -21,7 +21,7 @@ from tunesmith.trainers.data.tokens import TokenStore
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MOST_ROWS = 20_000
+MOST_ROWS = 10_000
 """That are looked at."""
 FEWEST = 32
 """Answers; fewer can neither be compared with nor hide one among them."""
@@ -29,7 +29,7 @@ TOP = 64
 """Most frequent tokens that are named."""
 SAMPLED = 1000
 """Answers from which samples are drawn to measure noise."""
-SAMPLES, SIZES = 200, (32, 128, 512)
+SAMPLES, SIZES = 200, (32, 64, 128, 256, 512)
 
 _CHUNK = 256  # answers whose sketches are held at once
 
