@@ -13,6 +13,8 @@ from tunesmith.cluster.fleet import FleetShape, GpuFigures, parse_fleet
 from tunesmith.cluster.fleet_file import load_fleets
 from tunesmith.cluster.recipe import reference
 from tunesmith.cluster.recipe.load import load_recipe
+from tunesmith.serving import reference as serving_reference
+from tunesmith.serving.config import load_config
 
 PAGES = sorted(
     [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "examples").rglob("*.md")]
@@ -34,6 +36,18 @@ def test_the_tables_of_fleets_are_what_the_data_and_the_schema_say() -> None:
     tables = (fleet_reference.gpu_table(), *map(fleet_reference.key_table, (GpuFigures, FleetShape)))
     for table in tables:
         assert f"\n{table}\n" in page, "python -m tunesmith.cluster.fleet_reference"
+
+
+def test_the_tables_of_serving_are_what_the_schema_says() -> None:
+    page = (REPOSITORY / "docs" / "serve.md").read_text(encoding="utf-8")
+    assert page.endswith(f"\n{serving_reference.markdown()}\n"), "python -m tunesmith.serving.reference"
+
+
+def test_the_serving_configuration_shown_is_valid(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs" / "serve.md").read_text(encoding="utf-8")
+    shown = tmp_path / "serve.yaml"
+    shown.write_text(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0], encoding="utf-8")
+    assert load_config(shown).agents["panel"].quorum == 3
 
 
 def test_the_fleets_file_shown_is_valid(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ COMMAND_GROUPS = ("tunesmith.serving", "tunesmith.serving.commands")  # names an
 HOMES = {
     "deepspeed": {"engine", "checkpoint_files", "export"},
     "ray": {"fit", "lean", "rendezvous", "service"},
-    "vllm": {"engines.vllm"},
+    "vllm": {"engines.vllm", "engines.vllm_lora"},
 }
 RAY_SESSION = "tunesmith.cluster.session"
 LIGHT = {"annotated_types", "pydantic", "pydantic_core", "rich", "typer", "yaml"}

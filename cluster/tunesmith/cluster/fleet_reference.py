@@ -18,11 +18,11 @@ def gpu_table() -> str:
 
 
 def key_table(schema: type[BaseModel]) -> str:
-    """The keys of one entry of a fleets file: meaning and default."""
+    """The keys of one section of a file: meaning and default."""
     rows = ["| key | default | meaning |", "| --- | --- | --- |"]
     for name, field in schema.model_fields.items():
-        default = "" if field.is_required() else f"`{_yaml(field.default)}`"
-        rows.append(f"| `{name}` | {default or 'needed'} | {field.description} |")
+        default = "needed" if field.is_required() else _default(field.get_default(call_default_factory=True))
+        rows.append(f"| `{name}` | {default} | {field.description} |")
     return "\n".join(rows)
 
 
@@ -32,6 +32,12 @@ def _row(gpu: Gpu) -> str:
     link = f"{gpu.link_gb_s:g} {gpu.link}"
     cells = (gpu.name, f"{gpu.memory_gib:g}", rate, f"{gpu.memory_gb_s:g}", link, f"{gpu.network_gb_s:g}", price)
     return f"| {' | '.join(cells)} |"
+
+
+def _default(value: object) -> str:
+    if isinstance(value, BaseModel):
+        return "as below"
+    return f"`{_yaml(value)}`" if value != {} else "none"
 
 
 def _yaml(value: object) -> str:

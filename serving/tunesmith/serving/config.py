@@ -147,7 +147,7 @@ class Http(Section):
     auth: Literal["keys", "none"] = "keys"
     """`keys` refuses every request without a key; `none` is for this machine alone and for tests."""
     log_prompts: bool = False
-    """Whether prompts and answers are written to the log."""
+    """Whether prompts are written to the gateway's log."""
 
 
 class Serve(Section):

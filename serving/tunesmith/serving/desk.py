@@ -18,6 +18,8 @@ from typing import Any
 from tunesmith.cluster.errors import RegistryError, RequestError, StorageError
 from tunesmith.serving.catalog import Catalog, Resolved
 from tunesmith.serving.config import Serve
+from tunesmith.serving.drift import Drift, Reference
+from tunesmith.serving.engines.diary import News
 from tunesmith.serving.fairness import FairQueue, Gate
 from tunesmith.serving.limits import Lease, Meters
 from tunesmith.serving.metrics import MIXTURE, NONE, Labels, Metrics, Report, status_of
@@ -125,6 +127,7 @@ class Desk:
         self.keys = Keys(StateLog(self.config.registry, "keys"))
         self._meters = Meters()
         self._metrics = Metrics()
+        self._drift = Drift()
         self._gates = {name: Gate(FairQueue(n, self.queue[name]), self.clock) for name, n in self.slots.items()}
         self._bases_by_digest = {digest: name for name, digest in self.digests.items()}
         self._generation, self._catalog = 0, Catalog()
@@ -206,6 +209,26 @@ class Desk:
     def hear(self, gateway: str) -> None:
         """A gateway is alive."""
         self._heard[gateway] = self.clock()
+
+    def read_news(self, base: str, news: News, references: Mapping[str, Reference]) -> None:
+        """What a replica of a base's engine has done lately.
+
+        Args:
+            references: fingerprints of the versions that have one, by digest.
+        """
+        now = self.clock()
+        names = {
+            one.digest: name for name, adapter in sorted(self._catalog.adapters.items()) for one in adapter.versions
+        }
+        digests = {*news.loads, *news.evictions, *news.sketches}
+        labels = {digest: Labels(base, names.get(digest, NONE), digest[:12]) for digest in digests}
+        self._metrics.adapters([labels[one] for one in news.loads], [labels[one] for one in news.evictions], now)
+        for digest in news.sketches.keys() & references.keys():
+            findings = self._drift.add(digest, news.sketches[digest], references[digest], now)
+            self._metrics.drifted(labels[digest], findings, now)
+            for one in findings:
+                if one.is_alarm:
+                    _log.warning("the traffic of %s %s drifts: %s", labels[digest].adapter, digest[:12], one)
 
     async def drop_silent(self) -> None:
         """Lets go of what belongs to gateways that have fallen silent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import uuid
@@ -30,6 +31,8 @@ from tunesmith.serving.protocol import (
 )
 from tunesmith.serving.protocol_inputs import EmbeddingRequest, TokenizeRequest
 from tunesmith.serving.wire import Events, body_of, every, merged, object_of, whole
+
+_log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
@@ -278,6 +281,8 @@ class Gateway:
         entry = Entry(id, self._name, _key(request), sent.model, sent.user, tokens)
         created, arrived = int(time.time()), time.monotonic()
         turn = Turn(await self._backend.enter(entry), id, created, arrived)
+        if self._config.http.log_prompts:
+            _log.info("%s: %s", id, sent.model_dump_json(exclude_unset=True))
         try:
             with turn.judged():
                 yield turn

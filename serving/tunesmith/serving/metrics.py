@@ -16,6 +16,7 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tunesmith.cluster.errors import RequestError
+from tunesmith.serving.drift import Finding
 
 MOST_VALUES = 100
 """Of a label."""
@@ -166,6 +167,14 @@ class Metrics:
         )
         self._total = self._histogram("request_seconds", "From a request's arrival to its end.")
         self._queue = self._histogram("queue_seconds", "That a request waited for its turn.")
+        extra = [*Labels._fields, "feature", "against"]
+        self._drift = Gauge(
+            "tunesmith_drift_divergence",
+            "Of the last full window, above the noise: 0 to 1.",
+            extra,
+            registry=self.registry,
+        )
+        self._alarms = self._counter("drift_alarms", "Windows that were further off than noise explains.", *extra[-2:])
         self._open = self._gauge("requests_open", "Requests that have begun and not ended.")
         self._waiting = self._gauge("requests_waiting", "Requests that wait for their turn.")
 
@@ -197,6 +206,13 @@ class Metrics:
             for labels in versions:
                 counter.labels(*self._admitted(labels, now)).inc()
 
+    def drifted(self, labels: Labels, findings: Iterable[Finding], now: float) -> None:
+        """A window of a version's answers has been compared."""
+        labels = self._admitted(labels, now)
+        for one in findings:
+            self._drift.labels(*labels, one.feature, one.against).set(one.above)
+            self._alarms.labels(*labels, one.feature, one.against).inc(one.is_alarm)
+
     def text(self, open: Mapping[str, int], waiting: Mapping[str, int]) -> str:
         """Prometheus' text format, with the requests by base that are open and that wait now."""
         for gauge, counts in ((self._open, open), (self._waiting, waiting)):
@@ -208,14 +224,14 @@ class Metrics:
     def _admitted(self, labels: Labels, now: float) -> Labels:
         admitted, gone = self._sets.admit(labels, now)
         for old in gone:
-            for metric in (self._prompt_tokens, self._completion_tokens, self._loads, self._evictions, *self._timed):
+            for metric in self._labelled:
                 metric.remove_by_labels(old._asdict())
-            self._requests.remove_by_labels(old._asdict())
         return admitted
 
     @property
-    def _timed(self) -> tuple[Histogram, ...]:
-        return self._first, self._per_token, self._total, self._queue
+    def _labelled(self) -> tuple[Counter | Histogram | Gauge, ...]:
+        counters = self._requests, self._prompt_tokens, self._completion_tokens, self._loads, self._evictions
+        return *counters, self._first, self._per_token, self._total, self._queue, self._drift, self._alarms
 
     def _counter(self, name: str, about: str, *more: str) -> Counter:
         return Counter(f"tunesmith_{name}", about, [*Labels._fields, *more], registry=self.registry)

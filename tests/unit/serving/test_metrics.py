@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import tiny_adapters
 from desk_backend import InProcess, desk, samples
+from traffic import Traffic, reference
 
 from tunesmith.cluster.errors import RequestError
 from tunesmith.serving.desk import Desk, Entry
+from tunesmith.serving.drift import WINDOW
+from tunesmith.serving.engines.diary import News
 from tunesmith.serving.gateway import Gateway
 from tunesmith.serving.metrics import OTHER, Labels, LabelSets, Metrics, Report, status_of
 
@@ -200,3 +204,30 @@ def test_a_gateway_that_is_gone_leaves_failed_requests_behind(at: Desk) -> None:
         return at.metrics(None)
 
     assert samples(asyncio.run(lose()))["tunesmith_requests_total", "tiny", "none", "none", "anyone", "5xx"] == 1
+
+
+def test_news_of_a_replica_is_counted_and_a_shift_is_logged_with_its_numbers_and_no_text(
+    at: Desk, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    digest = at.registry.resolve("support").digest
+    assert digest is not None
+    usual, random = Traffic(), np.random.default_rng(0)
+    trained = {digest: reference(tmp_path / "trained", usual, 500)}
+    support = ("tiny", "support", digest[:12], "none")
+    at.read_news("tiny", News((digest,), (digest,), {digest: usual.sketch(WINDOW, random)}), trained)
+    seen = samples(at.metrics(None))
+    assert seen["tunesmith_adapter_loads_total", *support] == seen["tunesmith_adapter_evictions_total", *support] == 1
+    assert seen["tunesmith_drift_divergence", *support, "answer_tokens", "training"] < 0.05
+    assert seen["tunesmith_drift_alarms_total", *support, "answer_tokens", "training"] == 0
+    assert caplog.messages == []
+    at.read_news("tiny", News(sketches={digest: usual.but(first_token=20_000).sketch(WINDOW, random)}), trained)
+    seen = samples(at.metrics(None))
+    for against in ("training", "window"):
+        assert seen["tunesmith_drift_divergence", *support, "answer_tokens", against] > 0.3
+        assert seen["tunesmith_drift_alarms_total", *support, "answer_tokens", against] == 1
+    assert f"the traffic of support {digest[:12]} drifts: prompt_tokens against the training: 0." in caplog.text
+
+
+def test_versions_without_a_fingerprint_are_not_watched(at: Desk) -> None:
+    at.read_news("tiny", News(sketches={"f" * 64: Traffic().sketch(WINDOW, np.random.default_rng(0))}), {})
+    assert not [key for key in samples(at.metrics(None)) if key[0].startswith("tunesmith_drift")]
