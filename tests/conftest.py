@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.cluster.session import RaySession
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -30,3 +32,11 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny_models  # not before it is needed: it loads torch
 
     return tiny_models.make("llama", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[RaySession]:
+    """A local Ray, as a run starts one; runs in this process then use it and leave it running."""
+    with RaySession() as session:
+        session.nodes()
+        yield session

@@ -50,8 +50,9 @@ class Base(Section):
     """Most tokens of a prompt and its answer together. None takes the model's context."""
     max_batch: PositiveInt = 8
     """Sequences that a replica works on at once."""
-    max_queue: NonNegativeInt = 32
-    """Requests that may wait for a replica; beyond it the answer is 503 with Retry-After."""
+    max_queue: NonNegativeInt | None = None
+    """Requests that may wait for a replica; beyond it the answer is 503 with Retry-After. None is `max_batch`: a request
+    then waits for about as long as one is worked on, and no longer."""
     max_adapters: PositiveInt = 8
     """Adapters that share one batch; that many are held beside the base."""
     max_cached_adapters: PositiveInt = 64
@@ -68,6 +69,11 @@ class Base(Section):
     """GPUs that a replica reserves."""
     memory_gib: PositiveFloat = 1.0
     """The vllm engine's memory for keys and values on a CPU, in GiB; on a GPU it takes what is free."""
+
+    @property
+    def queue_length(self) -> int:
+        """Requests that may wait for a replica."""
+        return self.max_batch if self.max_queue is None else self.max_queue
 
 
 class Endpoint(Section):

@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.cluster.errors import RegistryError, RequestError, StorageError
+from tunesmith.cluster.errors import AdapterError, MovedError, RegistryError, RequestError, StorageError
 from tunesmith.serving.catalog import Catalog, Resolved
 from tunesmith.serving.config import Serve
 from tunesmith.serving.drift import Drift, Reference
@@ -120,6 +120,7 @@ class Desk:
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
     _open: dict[str, _Open] = field(default_factory=dict)
+    _entering: dict[str, asyncio.Task[Any] | None] = field(default_factory=dict)
     _heard: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -135,16 +136,24 @@ class Desk:
 
     def look(self) -> None:
         """Takes over what the registry holds now."""
-        self._generation, self._catalog = self.registry.read()
+        self._take(*self._read())
+
+    def _read(self) -> tuple[int, Catalog]:
         if self.config.http.auth == "keys":
             self.keys.refresh()
+        return self.registry.read()
+
+    def _take(self, generation: int, catalog: Catalog) -> None:
+        """What a thread has read may have been overtaken: an alias never moves back."""
+        if generation >= self._generation:
+            self._generation, self._catalog = generation, catalog
 
     async def keep_looking(self) -> None:
         """Looks for changes for ever, and lets requests of lost gateways go."""
         while True:
             await asyncio.sleep(REFRESH_S)
             try:
-                await asyncio.to_thread(self.look)
+                self._take(*await asyncio.to_thread(self._read))
             except StorageError as error:  # what was read before stays true until it can be read again
                 _log.warning("the registry cannot be read: %s", error)
             await self.drop_silent()
@@ -189,17 +198,22 @@ class Desk:
         try:
             if not route.agent:
                 gate = self._gates[route.base]
+                self._entering[entry.id] = asyncio.current_task()
                 await stack.enter_async_context(gate.slot(tenant.name, max(1, entry.tokens), LONGEST_WAIT_S))
         except BaseException:
             if lease is not None:
                 self._meters.leave(lease, 0, self.clock())
             raise
+        finally:
+            self._entering.pop(entry.id, None)
         return stack
 
     async def leave(self, id: str, report: Report) -> None:
-        """A request has ended; unknown ones are ignored, as after a restart."""
+        """A request has ended, or does not wait any longer; unknown ones are ignored, as after a restart."""
         request = self._open.pop(id, None)
         if request is None:
+            if entering := self._entering.get(id):
+                entering.cancel()
             return
         self._metrics.ended(request.labels, report, self.clock())
         if request.lease is not None:
@@ -285,14 +299,14 @@ class Desk:
         own = [(name, "tunesmith") for name in [*self.digests, *self.config.agents]]
         return [(name, owner) for name, owner in [*own, *adapters] if tenant.sees(name)]
 
-    def admin(self, authorization: str | None, change: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    async def admin(self, authorization: str | None, change: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Changes the registry for an operator, and takes the change over at once.
 
         Args:
             change: `move`, `split`, `rollback`, `remove`, or `list`, which changes nothing.
 
         Raises:
-            RequestError: 401, 403, 404 or 409.
+            RequestError: 400, 401, 403, 404, 409 or 503.
         """
         self.tenant(authorization, "admin")
         calls: dict[str, Callable[..., Any]] = {
@@ -303,10 +317,14 @@ class Desk:
         }
         try:
             if change != "list":
-                calls[change](**arguments)
-            self.look()
+                await asyncio.to_thread(calls[change], **arguments)
+            self._take(*await asyncio.to_thread(self._read))
         except RegistryError as error:
-            raise RequestError(str(error), 409 if arguments.get("expected") else 404) from error
+            raise RequestError(str(error), 409 if isinstance(error, MovedError) else 404) from error
+        except AdapterError as error:
+            raise RequestError(str(error)) from error
+        except StorageError as error:
+            raise RequestError(f"the registry cannot be reached: {error.what}", 503, retry_after=5) from error
         return {"generation": self._generation, "adapters": self._catalog.model_dump(mode="json")["adapters"]}
 
     def metrics(self, authorization: str | None) -> str:
@@ -357,4 +375,4 @@ def capacity(config: Serve) -> tuple[dict[str, int], dict[str, int]]:
         for name, base in config.bases.items()
     }
     slots = {name: base.max_batch * replicas[name] for name, base in config.bases.items()}
-    return slots, {name: max(1, base.max_queue * replicas[name]) for name, base in config.bases.items()}
+    return slots, {name: max(1, base.queue_length * replicas[name]) for name, base in config.bases.items()}

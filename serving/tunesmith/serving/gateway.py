@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -13,15 +14,16 @@ from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel
 
 from tunesmith.cluster.errors import RequestError
-from tunesmith.serving import answers, mixture
-from tunesmith.serving.body import parse_body
+from tunesmith.serving import answers, mixture, wire
 from tunesmith.serving.config import Agent, Proposer, Serve
 from tunesmith.serving.desk import Entry, Route, unknown_model
 from tunesmith.serving.engines.protocol import Ask, Message, Piece, Sampling, Version
 from tunesmith.serving.limits import estimated_tokens
 from tunesmith.serving.metrics import LEFT, Report, status_of
+from tunesmith.serving.openapi import describe
 from tunesmith.serving.outside import Outside
 from tunesmith.serving.protocol import (
     ChatRequest,
@@ -29,8 +31,18 @@ from tunesmith.serving.protocol import (
     to_ask,
     to_asks,
 )
-from tunesmith.serving.protocol_inputs import EmbeddingRequest, TokenizeRequest
-from tunesmith.serving.wire import Events, body_of, every, merged, object_of, whole
+from tunesmith.serving.protocol_inputs import EmbeddingRequest, MoveRequest, SplitRequest, TokenizeRequest
+from tunesmith.serving.wire import every, merged, streamed, whole
+
+BODIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/tokenize": TokenizeRequest,
+    "/admin/adapters/{name}/aliases/{alias}": MoveRequest,
+    "/admin/adapters/{name}/aliases/{alias}/split": SplitRequest,
+}
+"""What each path takes."""
 
 _log = logging.getLogger(__name__)
 
@@ -120,12 +132,13 @@ class Gateway:
         """The application."""
         app = FastAPI(title="Tunesmith", docs_url=None, redoc_url=None)
         app.exception_handler(RequestError)(_refused)
+        app.exception_handler(Exception)(_failed)
         app.exception_handler(404)(_no_route)
         app.exception_handler(405)(_no_method)
-        app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest))(self.chat)
-        app.post("/v1/completions", openapi_extra=_body(CompletionRequest))(self.complete)
-        app.post("/v1/embeddings", openapi_extra=_body(EmbeddingRequest))(self.embed)
-        app.post("/tokenize", openapi_extra=_body(TokenizeRequest))(self.tokenize)
+        app.post("/v1/chat/completions")(self.chat)
+        app.post("/v1/completions")(self.complete)
+        app.post("/v1/embeddings")(self.embed)
+        app.post("/tokenize")(self.tokenize)
         app.get("/v1/models")(self.models)
         app.get("/v1/models/{model:path}")(self.model)
         app.get("/healthz")(self.healthz)
@@ -136,11 +149,12 @@ class Gateway:
         app.put("/admin/adapters/{name}/aliases/{alias}/split")(self.split)
         app.post("/admin/adapters/{name}/aliases/{alias}/rollback")(self.rollback)
         app.delete("/admin/adapters/{name}/{what}")(self.remove)
+        describe(app, BODIES)
         return app
 
     async def chat(self, request: Request) -> Response:
         """A conversation goes on."""
-        sent = parse_body(await body_of(request, self._most), ChatRequest, self._most)
+        sent = await wire.sent(request, ChatRequest, self._most)
         most = sent.max_completion_tokens or sent.max_tokens or 0
         tokens = estimated_tokens(sent.conversation) + sent.answers * most
         async with AsyncExitStack() as stack:
@@ -156,7 +170,7 @@ class Gateway:
                 return _json(answers.chat_answer(turn.head, answer, bool(sent.logprobs), extra), turn)
             stream = answers.ChatStream(turn.head, bool(sent.logprobs), sent.usage_streamed)
 
-            async def events() -> AsyncIterator[bytes]:
+            async def events() -> AsyncGenerator[bytes, None]:
                 async with aclosing(pieces) as open_pieces:
                     async for piece in open_pieces:
                         if piece is None:
@@ -167,11 +181,11 @@ class Gateway:
                 for chunk in stream.end():
                     yield answers.event(chunk)
 
-            return Events(events(), turn.headers, stack.pop_all())
+            return await streamed(events(), turn.headers, stack)
 
     async def complete(self, request: Request) -> Response:
         """Texts go on, or are scored."""
-        sent = parse_body(await body_of(request, self._most), CompletionRequest, self._most)
+        sent = await wire.sent(request, CompletionRequest, self._most)
         tokens = sum(estimated_tokens(prompt) + sent.answers * (sent.max_tokens or 16) for prompt in sent.prompts)
         logprobs, echo = sent.logprobs is not None, bool(sent.echo)
         async with AsyncExitStack() as stack:
@@ -192,18 +206,18 @@ class Gateway:
                 turn.head, sent.answers, logprobs, sent.usage_streamed, sent.prompts if echo else None, sent.scores_only
             )
 
-            async def events() -> AsyncIterator[bytes]:
+            async def events() -> AsyncGenerator[bytes, None]:
                 async for index, piece in merged([self._pieces(turn, ask) for ask in asks]):
                     for chunk in stream.chunks(index, piece):
                         yield answers.event(chunk)
                 for chunk in stream.end():
                     yield answers.event(chunk)
 
-            return Events(events(), turn.headers, stack.pop_all())
+            return await streamed(events(), turn.headers, stack)
 
     async def embed(self, request: Request) -> Response:
         """A vector for each text."""
-        sent = parse_body(await body_of(request, self._most), EmbeddingRequest, self._most)
+        sent = await wire.sent(request, EmbeddingRequest, self._most)
         tokens = sum(map(estimated_tokens, sent.prompts))
         async with self._turn(request, sent, "embd", tokens) as turn:
             vectors = await self._backend.embed(turn.route.base, sent.prompts, _version(turn.route))
@@ -212,7 +226,7 @@ class Gateway:
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens that a text or a conversation becomes for a model; vLLM has this route too."""
-        sent = parse_body(await body_of(request, self._most), TokenizeRequest, self._most)
+        sent = await wire.sent(request, TokenizeRequest, self._most)
         async with self._turn(request, sent, "tokenize", 0) as turn:
             if turn.route.agent is not None:
                 raise RequestError("a mixture of agents has no tokens of its own", param="model")
@@ -251,18 +265,16 @@ class Gateway:
 
     async def move(self, request: Request, name: str, alias: str) -> Response:
         """Operators: makes an alias lead to a version."""
-        sent = await object_of(request, self._most, {"version": str, "generation": int})
+        sent = await wire.sent(request, MoveRequest, self._most)
         return await self._change(
-            request, "move", name=name, alias=alias, version=sent["version"], expected=sent.get("generation")
+            request, "move", name=name, alias=alias, version=sent.version, expected=sent.generation
         )
 
     async def split(self, request: Request, name: str, alias: str) -> Response:
         """Operators: splits an alias between versions."""
-        sent = await object_of(request, self._most, {"weights": dict, "shadow": str, "generation": int})
-        expected, shadow = sent.get("generation"), sent.get("shadow")
-        return await self._change(
-            request, "split", name=name, alias=alias, weights=sent["weights"], shadow=shadow, expected=expected
-        )
+        sent = await wire.sent(request, SplitRequest, self._most)
+        changed = {"weights": sent.weights, "shadow": sent.shadow, "expected": sent.generation}
+        return await self._change(request, "split", name=name, alias=alias, **changed)
 
     async def rollback(self, request: Request, name: str, alias: str) -> Response:
         """Operators: makes an alias lead where it led before."""
@@ -280,14 +292,21 @@ class Gateway:
         id = f"{kind}-{uuid.uuid4().hex}"
         entry = Entry(id, self._name, _key(request), sent.model, sent.user, tokens)
         created, arrived = int(time.time()), time.monotonic()
-        turn = Turn(await self._backend.enter(entry), id, created, arrived)
-        if self._config.http.log_prompts:
-            _log.info("%s: %s", id, sent.model_dump_json(exclude_unset=True))
+        turn = Turn(await self._entered(entry), id, created, arrived)
         try:
+            if self._config.http.log_prompts:
+                _log.info("%s: %s", id, sent.model_dump_json(exclude_unset=True))
             with turn.judged():
                 yield turn
         finally:
             self._backend.leave(id, turn.report())
+
+    async def _entered(self, entry: Entry) -> Route:
+        try:
+            return await self._backend.enter(entry)
+        except asyncio.CancelledError:  # the client has left while it waited, or will never know that its turn came
+            self._backend.leave(entry.id, Report(0, 0))
+            raise
 
     async def _mixed(self, turn: Turn, agent: Agent, ask: Ask) -> AsyncGenerator[Piece | None, None]:
         """A mixture's answer; None to say that it lives. What became of its members is left in `turn.extra`."""
@@ -321,7 +340,7 @@ class Gateway:
                         yield piece
                 return
             arrived = time.monotonic()
-            route = await self._backend.enter(Entry(id, self._name, None, proposer.model, within=turn.id))
+            route = await self._entered(Entry(id, self._name, None, proposer.model, within=turn.id))
             member = Turn(route, id, turn.created, arrived)
             try:
                 async with aclosing(self._pieces(member, Ask(id, messages, _version(route), 1, sampling))) as pieces:
@@ -352,6 +371,11 @@ async def _refused(_request: Request, error: Any) -> JSONResponse:
     return JSONResponse(answers.error_answer(error), error.status, answers.error_headers(error))
 
 
+async def _failed(request: Request, error: Exception) -> JSONResponse:
+    """A mistake of ours; the server logs it with its traceback."""
+    return await _refused(request, RequestError(f"the server failed: {type(error).__name__}", 500, code="internal"))
+
+
 async def _no_route(request: Request, _error: Exception) -> JSONResponse:
     return await _refused(request, RequestError(f"there is no {request.url.path[:200]}", 404, code="unknown_url"))
 
@@ -371,10 +395,3 @@ def _json(answer: dict[str, Any], taken: Turn) -> JSONResponse:
 
 def _version(route: Route) -> Version | None:
     return Version(route.digest, "") if route.digest else None
-
-
-def _body(kind: type[Any]) -> dict[str, Any]:
-    """A request's schema for the OpenAPI document; bodies are parsed by ourselves."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

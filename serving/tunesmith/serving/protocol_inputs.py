@@ -1,8 +1,8 @@
-"""OpenAI's requests that generate nothing: embeddings, and the tokens of a text."""
+"""Requests that generate nothing: embeddings, the tokens of a text, and operators' changes of aliases."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -63,3 +63,27 @@ class TokenizeRequest(StrictRequest):
     def asked(self) -> str | list[Message]:
         """What engines take."""
         return self.prompt if self.prompt is not None else conversation_of(self.messages or [])
+
+
+Digits = Annotated[str, Field(min_length=1, max_length=64)]
+Generation = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class MoveRequest(StrictRequest):
+    """Where an alias is to lead."""
+
+    version: Digits
+    """Its digest, or the beginning of it."""
+    generation: Generation | None = None
+    """Of the registry that was looked at: the change is refused when it is another by now."""
+
+
+class SplitRequest(StrictRequest):
+    """Versions that an alias is to be split between."""
+
+    weights: dict[Digits, Annotated[float, Field(gt=0)]] = Field(min_length=1, max_length=64)
+    """By version, as its digest or the beginning of it; only their ratio counts."""
+    shadow: Digits | None = None
+    """A version that is asked too, and whose answers nobody sees."""
+    generation: Generation | None = None
+    """Of the registry that was looked at: the change is refused when it is another by now."""

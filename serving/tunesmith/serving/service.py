@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -35,6 +36,8 @@ NEWS_S = 5.0
 """How often an engine's replica tells the desk what it has done."""
 DESK_PATIENCE_S = 15.0
 """How long requests wait for a desk that is being restarted."""
+SPARE = 64
+"""Requests that a gateway takes beyond those that bases work on or let wait: mixtures, lists, and what is refused."""
 TRIES = 3
 """Of a request that has brought nothing yet, on a replica that died under it."""
 
@@ -133,33 +136,38 @@ class DeskActor:
 
     async def enter(self, entry: Entry) -> Route:
         """See `Desk.enter`."""
-        if self._looking is None:
-            self._looking = asyncio.create_task(self._desk.keep_looking())
-        return await self._desk.enter(entry)
+        return await self._awake.enter(entry)
 
     async def leave(self, id: str, report: Report) -> None:
         """See `Desk.leave`."""
-        await self._desk.leave(id, report)
+        await self._awake.leave(id, report)
 
     async def read_news(self, base: str, news: News, references: dict[str, Reference]) -> None:
         """See `Desk.read_news`."""
-        self._desk.read_news(base, news, references)
+        self._awake.read_news(base, news, references)
 
     async def hear(self, gateway: str) -> None:
         """See `Desk.hear`."""
-        self._desk.hear(gateway)
+        self._awake.hear(gateway)
 
     async def models(self, authorization: str | None) -> list[tuple[str, str]]:
         """See `Desk.models`."""
-        return self._desk.models(authorization)
+        return self._awake.models(authorization)
 
     async def admin(self, authorization: str | None, change: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """See `Desk.admin`."""
-        return self._desk.admin(authorization, change, arguments)
+        return await self._awake.admin(authorization, change, arguments)
 
     async def metrics(self, authorization: str | None) -> str:
         """For Prometheus."""
-        return self._desk.metrics(authorization)
+        return self._awake.metrics(authorization)
+
+    @property
+    def _awake(self) -> Desk:
+        """The desk, which looks for changes from its first call on: an actor's constructor has no event loop."""
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._desk.keep_looking())
+        return self._desk
 
 
 class RayBackend:
@@ -304,8 +312,7 @@ def deploy(config: Serve, bases: dict[str, BaseRef]) -> None:
         deployment = serve.deployment(EngineReplica).options(  # type: ignore[attr-defined]
             name=f"engine-{name}",
             ray_actor_options={"num_cpus": base.cpus, "num_gpus": base.gpus},
-            max_ongoing_requests=base.max_batch + base.max_queue,
-            max_queued_requests=base.max_queue * 4,
+            max_ongoing_requests=base.max_batch + base.queue_length,  # the desk bounds what waits beyond it
             health_check_period_s=2,
             health_check_timeout_s=300,
             graceful_shutdown_timeout_s=60,
@@ -316,11 +323,19 @@ def deploy(config: Serve, bases: dict[str, BaseRef]) -> None:
         name="gateway",
         num_replicas=config.http.gateways,
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=10_000,
+        max_ongoing_requests=most_open(config),
+        max_queued_requests=SPARE,
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=2),
         graceful_shutdown_timeout_s=60,
     )
     serve.start(http_options={"host": config.http.host, "port": config.http.port})
     serve.run(gateway.bind(plain, engines), name=APPLICATION, route_prefix="/")
+
+
+def most_open(config: Serve) -> int:
+    """Requests that a gateway may have open: more than those that the desk lets in would only grow old in it."""
+    slots, queue = capacity(config)
+    return sum(slots.values()) + sum(queue.values()) + SPARE
 
 
 @serve.ingress()

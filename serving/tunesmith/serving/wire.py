@@ -3,46 +3,56 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 
 from tunesmith.cluster.errors import RequestError
 from tunesmith.serving import answers
+from tunesmith.serving.body import parse_body
 from tunesmith.serving.engines.protocol import Piece
+
+BODY_S = 20.0
+"""Seconds that a body may take to come."""
+SMALL = 65_536
+"""Bytes of a body that is parsed at once; larger ones would keep others waiting, and go to a thread."""
+
+Sent = TypeVar("Sent", bound=BaseModel)
+
+
+async def sent(request: Request, kind: type[Sent], most: int) -> Sent:
+    """What a client has sent, checked.
+
+    Raises:
+        RequestError: 408, 413, or 400 naming the parameter that is wrong.
+    """
+    body = await body_of(request, most)
+    if len(body) < SMALL:
+        return parse_body(body, kind, most)
+    return await asyncio.to_thread(parse_body, body, kind, most)
 
 
 async def body_of(request: Request, most: int) -> bytes:
-    """The body, read no further than it may be long."""
+    """The body, read no further than it may be long, and waited for no longer than it may take.
+
+    Raises:
+        RequestError: 408 or 413.
+    """
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > most:
-            raise RequestError(f"the body is larger than {most:,} bytes", 413, code="body_too_large")
-    return bytes(body)
-
-
-async def object_of(request: Request, most: int, fields: dict[str, type]) -> dict[str, Any]:
-    """A small JSON object of an operator; the first field must be there."""
     try:
-        sent = json.loads(await body_of(request, most))
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON: {str(error)[:100]}") from error
-    if not isinstance(sent, dict) or next(iter(fields)) not in sent:
-        raise RequestError(f"the body is a JSON object with {', '.join(fields)}", param=next(iter(fields)))
-    for key, value in sent.items():
-        if key not in fields:
-            raise RequestError(f"unknown field {key[:40]!r}; there are {', '.join(fields)}", param=key[:40])
-        if value is not None and (not isinstance(value, fields[key]) or isinstance(value, bool)):
-            raise RequestError(f"{key} is no {fields[key].__name__}", param=key)
-    weights = sent.get("weights") or {}
-    if any(isinstance(w, bool) or not isinstance(w, int | float) for w in weights.values()):
-        raise RequestError("weights are numbers by version", param="weights")
-    return sent
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > most:
+                    raise RequestError(f"the body is larger than {most:,} bytes", 413, code="body_too_large")
+    except TimeoutError as error:
+        what = f"{len(body):,} bytes of the body came in {BODY_S:g} s, and not its end"
+        raise RequestError(what, 408, code="body_too_slow") from error
+    return bytes(body)
 
 
 class Events(StreamingResponse):
@@ -51,23 +61,39 @@ class Events(StreamingResponse):
     What fails after the first byte is said in an event, for the status has gone out.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str], held: AsyncExitStack) -> None:
-        self._events, self._held = events, held
+    def __init__(
+        self, first: bytes | None, events: AsyncGenerator[bytes, None], headers: dict[str, str], held: AsyncExitStack
+    ) -> None:
+        self._first, self._events, self._held = first, events, held
         super().__init__(self._sent(), media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async with self._held:
+        async with self._held, aclosing(self._events):
             await super().__call__(scope, receive, send)
 
     async def _sent(self) -> AsyncIterator[bytes]:
-        async with aclosing(self._events) as events:  # type: ignore[type-var]
-            try:
-                async for event in events:
-                    yield event
-            except RequestError as error:
-                yield answers.event(answers.error_answer(error))
-                return
-            yield b"data: [DONE]\n\n"
+        try:
+            if self._first is not None:
+                yield self._first
+            async for event in self._events:
+                yield event
+        except RequestError as error:
+            yield answers.event(answers.error_answer(error))
+            return
+        yield answers.DONE
+
+
+async def streamed(events: AsyncGenerator[bytes, None], headers: dict[str, str], stack: AsyncExitStack) -> Events:
+    """The events, once the first has come, so that what fails before it is answered with a status of its own.
+
+    Args:
+        stack: what the request holds, which the response takes over.
+
+    Raises:
+        RequestError: the request failed before its first event.
+    """
+    first = await anext(events, None)
+    return Events(first, events, headers, stack.pop_all())
 
 
 async def whole(

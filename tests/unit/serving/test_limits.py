@@ -113,6 +113,13 @@ def test_idle_keys_are_forgotten_and_busy_or_indebted_ones_are_not():
     meters.leave(busy, 1, 0.0)
 
 
+def test_limits_that_are_read_anew_for_every_request_are_the_same_limits():
+    meters, written = Meters(), Limits(requests_per_minute=2).model_dump()
+    for _ in range(2):
+        meters.enter("k", Limits(**written), 1, 0.0)
+    refused(meters, Limits(**written), 1, 0.0)
+
+
 def test_new_limits_hold_at_once():
     meters = Meters()
     meters.enter("k", Limits(concurrency=1), 1, 0.0)

@@ -36,6 +36,10 @@ class Section(BaseModel):
                 private["_read"].add(name)
         return super().__getattribute__(name)
 
+    def __eq__(self, other: object) -> bool:
+        """By value; what was read of it is no part of that."""
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
     def forget_reads(self) -> None:
         """Forgets what was read so far: validation itself reads keys, and that does not count."""
         self._read.clear()

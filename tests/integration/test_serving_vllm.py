@@ -1,0 +1,69 @@
+"""The fast engine behind the service: adapters of several ranks in one batch, and answers that fit a schema."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from serving_load import a_client
+from serving_service import QUESTION, RANKS, Service, oracle, serving
+from transformers import AutoTokenizer
+
+from tunesmith.cluster.session import RaySession
+
+pytest.importorskip("vllm")
+PROMPTS = [[5, 9, 30, 31, 32, 40], [7, 8, 60, 61, 62, 63, 64, 65, 66], [100, 101, 102]]
+COUNT = 16
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "green"]}, "many": {"type": "boolean"}},
+    "required": ["colour", "many"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def fast(ray_session: RaySession, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    base = {"engine": "vllm", "dtype": "fp32", "max_batch": 16, "max_rank": 16}
+    with serving(ray_session, tmp_path_factory.mktemp("fast"), {"bases": {"tiny": base}}) as running:
+        yield running
+
+
+def test_a_batch_of_mixed_ranks_answers_as_plain_peft_does_for_each_alone(fast: Service) -> None:
+    names = [None, *RANKS]
+
+    async def ask(client: Any, name: str | None, prompt: list[int]) -> list[str]:
+        body = {"model": name or "tiny", "prompt": prompt, "max_tokens": COUNT, "temperature": 0, "ignore_eos": True,
+                "logprobs": 0}  # fmt: skip
+        answer = await client.post(f"{fast.url}/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["logprobs"]["tokens"]
+
+    async def all_at_once() -> list[list[str]]:
+        async with a_client(fast, 32) as client:
+            return await asyncio.gather(*(ask(client, name, prompt) for prompt in PROMPTS for name in names))
+
+    found = iter(asyncio.run(all_at_once()))
+    tokenizer = AutoTokenizer.from_pretrained(fast.bases["tiny"])
+    for prompt in PROMPTS:
+        for name in names:
+            expected = oracle(fast.bases["tiny"], fast.folders[name] if name else None, prompt, COUNT)
+            assert next(found) == [tokenizer.decode([token]) for token in expected], (name, prompt)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_fits_its_schema(fast: Service, stream: bool) -> None:
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
+    asked: Any = {"model": "medium", "messages": QUESTION, "max_tokens": 500, "response_format": wanted, "seed": 1}
+    client = fast.client()
+    if stream:
+        chunks = client.chat.completions.create(**asked, stream=True)
+        text = "".join(one.choices[0].delta.content or "" for one in chunks)
+    else:
+        text = client.chat.completions.create(**asked).choices[0].message.content
+    thing = json.loads(text)
+    assert thing.keys() == {"colour", "many"}
+    assert thing["colour"] in ("red", "green")

@@ -1,0 +1,101 @@
+"""Slots come back whatever becomes of those who wait for them, and aliases never move back."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_adapters
+
+from tunesmith.cluster.errors import RequestError
+from tunesmith.serving.config import Serve
+from tunesmith.serving.desk import Desk, Entry, capacity
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    """Of one base with one slot, over a registry where `bot@prod` may lead to two versions."""
+    bases = {"tiny": {"path": "anywhere", "max_batch": 1}}
+    config = Serve.model_validate({"bases": bases, "registry": str(tmp_path / "registry"), "http": {"auth": "none"}})
+    made = Desk(config, {"tiny": tiny_adapters.BASE_DIGEST}, *capacity(config))
+    for seed in (1, 2):
+        made.registry.add("bot", tiny_adapters.artifact(tmp_path / str(seed), seed))
+    made.look()
+    return made
+
+
+def entry(id: str) -> Entry:
+    return Entry(id, "gateway", None, "bot")
+
+
+def within_seconds(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(work(), 10))
+
+
+def test_one_that_leaves_while_it_waits_is_never_given_the_slot(desk: Desk) -> None:
+    async def work() -> None:
+        await desk.enter(entry("first"))
+        waiting = asyncio.create_task(desk.enter(entry("second")))
+        await asyncio.sleep(0)
+        await desk.leave("second", 0)
+        await asyncio.wait({waiting}, timeout=1)
+        assert waiting.cancelled()
+        await desk.leave("first", 0)
+        await desk.enter(entry("third"))
+        await desk.leave("third", 0)
+        assert desk.at_work() == {"waiting": {"tiny": 0}, "open": {"all": 0}}
+
+    within_seconds(work)
+
+
+def test_a_queue_is_as_long_as_what_is_worked_on(desk: Desk) -> None:
+    async def work() -> None:
+        await desk.enter(entry("at work"))
+        waiting = asyncio.create_task(desk.enter(entry("waiting")))
+        await asyncio.sleep(0)
+        with pytest.raises(RequestError) as refused:
+            await desk.enter(entry("too many"))
+        assert refused.value.status == 503
+        assert refused.value.retry_after
+        await desk.leave("at work", 0)
+        await waiting
+
+    within_seconds(work)
+
+
+def test_a_slow_look_at_the_registry_does_not_bring_back_what_a_move_has_changed(desk: Desk) -> None:
+    first, second = (one.digest for one in desk.registry.read()[1].adapter("bot").versions)
+    assert (await_route(desk)).digest == first
+    read, has_read, may_go_on = desk.registry.read, threading.Event(), threading.Event()
+
+    def slowly() -> Any:
+        found = read()
+        has_read.set()
+        assert may_go_on.wait(10)
+        return found
+
+    async def work() -> None:
+        desk.registry.read = slowly  # type: ignore[method-assign]
+        looking = asyncio.create_task(desk.keep_looking())
+        await asyncio.to_thread(has_read.wait, 10)
+        desk.registry.read = read  # type: ignore[method-assign]
+        await desk.admin(None, "move", {"name": "bot", "alias": "prod", "version": second})
+        may_go_on.set()
+        await asyncio.sleep(0.2)
+        looking.cancel()
+        assert (await desk.enter(entry("after"))).digest == second
+
+    within_seconds(work)
+
+
+def await_route(desk: Desk) -> Any:
+    async def work() -> Any:
+        route = await desk.enter(entry("before"))
+        await desk.leave("before", 0)
+        return route
+
+    return asyncio.run(work())
