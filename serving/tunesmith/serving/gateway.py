@@ -305,7 +305,7 @@ class Gateway:
         try:
             return await self._backend.enter(entry)
         except asyncio.CancelledError:  # the client has left while it waited, or will never know that its turn came
-            self._backend.leave(entry.id, Report(0, 0))
+            self._backend.leave(entry.id, Report())
             raise
 
     async def _mixed(self, turn: Turn, agent: Agent, ask: Ask) -> AsyncGenerator[Piece | None, None]:
