@@ -17,8 +17,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 @pytest.fixture(scope="session", autouse=True)
 def no_earlier_simulations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What the planner keeps for the next command lies in a folder of these tests."""
+    """What the planner keeps for the next command lies in a folder of these tests; compiled operators stay where they are."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     with pytest.MonkeyPatch.context() as patch:
+        if "TORCH_EXTENSIONS_DIR" not in os.environ:
+            patch.setenv("TORCH_EXTENSIONS_DIR", str(cache / "torch_extensions"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from tunesmith.cluster.errors import CheckpointError
 from tunesmith.cluster.storage import MANIFEST, FileRecord, manifest_digest, sha256_file
@@ -194,6 +194,61 @@ class ServedReceipt(BaseModel):
     """Largest difference from the served base alone; 0 means that the adapter has no effect."""
     template_matches: bool | None = None
     """Whether a conversation becomes the tokens that training gave it; None without a chat template."""
+
+
+class Noise(BaseModel):
+    """How far samples of the training data itself lie apart by chance."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    answers: int = Field(gt=0)
+    """Of each sample."""
+    mean: FiniteFloat = Field(ge=0)
+    """Mean divergence."""
+    deviation: FiniteFloat = Field(ge=0)
+    """Its standard deviation."""
+
+
+Sums = Annotated[list[FiniteFloat], Field(max_length=4096)]
+"""Numbers that are each a sum over answers."""
+
+
+class FingerprintReceipt(BaseModel):
+    """A sketch of the training data that serving compares live traffic with; `tunesmith.cluster.sketch` says how.
+
+    It holds sums over all answers and nothing else, so no row can be read back from it: which answer a number came from
+    and the order of tokens are lost, ids are hashed into buckets, a token is named only when it stands in many answers,
+    and of a set too small to hide one in there are no sums at all.
+    """
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    problem: str = ""
+    """Why there is no sketch, as a sentence; empty when there is one."""
+    answers: int = Field(default=0, ge=0)
+    """Trained answers looked at; the sums are over these."""
+    all_answers: int = Field(default=0, ge=0)
+    """Trained answers that there are, or an estimate where not every row was looked at."""
+    prompt_lengths: Sums = Field(default_factory=list)
+    """Answers by the length of their prompts in tokens: none, then two bins an octave."""
+    answer_lengths: Sums = Field(default_factory=list)
+    """Answers by their own length, likewise."""
+    prompt_tokens: Sums = Field(default_factory=list)
+    """Tokens of prompts by bucket of their hashed id."""
+    answer_tokens: Sums = Field(default_factory=list)
+    """Tokens of answers, likewise."""
+    embedding: Sums = Field(default_factory=list)
+    """Sum of the random projections of the answers' token shares."""
+    embedding_spread: FiniteFloat = Field(default=0.0, ge=0)
+    """Sum of the squared lengths of these projections."""
+    refusals: int = Field(default=0, ge=0)
+    """Answers that begin as a refusal does."""
+    top_tokens: dict[int, float] = Field(default_factory=dict)
+    """Shares of the most frequent answer tokens by id; only of those that stand in many answers."""
+    noise: dict[str, list[Noise]] = Field(default_factory=dict)
+    """Divergence of samples from the whole by feature, and by size of the sample."""
+    window_noise: dict[str, list[Noise]] = Field(default_factory=dict)
+    """Divergence of two samples from each other, likewise."""
 
 
 class WorkerMemory(BaseModel):

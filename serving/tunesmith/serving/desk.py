@@ -18,8 +18,11 @@ from typing import Any
 from tunesmith.cluster.errors import AdapterError, MovedError, RegistryError, RequestError, StorageError
 from tunesmith.serving.catalog import Catalog, Resolved
 from tunesmith.serving.config import Serve
+from tunesmith.serving.drift import Drift, Reference
+from tunesmith.serving.engines.diary import News
 from tunesmith.serving.fairness import FairQueue, Gate
 from tunesmith.serving.limits import Lease, Meters
+from tunesmith.serving.metrics import MIXTURE, NONE, Labels, Metrics, Report, status_of
 from tunesmith.serving.registry import Registry
 from tunesmith.serving.statelog import StateLog
 from tunesmith.serving.tenants import ANYONE, Keys, Scope, Tenant
@@ -94,6 +97,7 @@ class Entry:
 class _Open:
     gateway: str
     tenant: Tenant
+    labels: Labels
     lease: Lease | None
     stack: AsyncExitStack
 
@@ -123,6 +127,8 @@ class Desk:
         self.registry = Registry(self.config.registry)
         self.keys = Keys(StateLog(self.config.registry, "keys"))
         self._meters = Meters()
+        self._metrics = Metrics()
+        self._drift = Drift()
         self._gates = {name: Gate(FairQueue(n, self.queue[name]), self.clock) for name, n in self.slots.items()}
         self._bases_by_digest = {digest: name for name, digest in self.digests.items()}
         self._generation, self._catalog = 0, Catalog()
@@ -158,8 +164,25 @@ class Desk:
         Raises:
             RequestError: 401, 403, 404, 429 or 503.
         """
-        outer = self._open.get(entry.within or "")
-        tenant = outer.tenant if outer else self.tenant(entry.authorization)
+        labels, arrived = Labels(), self.clock()
+        try:
+            outer = self._open.get(entry.within or "")
+            tenant = outer.tenant if outer else self.tenant(entry.authorization)
+            labels = Labels(tenant=tenant.name)
+            route = self._route(entry, tenant, outer)
+            labels = labels_of(route, tenant)
+            limits = tenant.limits or self.config.limits
+            lease = None if outer else self._meters.enter(tenant.key or tenant.name, limits, entry.tokens, arrived)
+            stack = await self._turn_of(route, tenant, entry, lease)
+        except BaseException as error:
+            self._metrics.refused(labels, status_of(error), self.clock())
+            raise
+        self._metrics.began(labels, self.clock() - arrived, self.clock())
+        self._open[entry.id] = _Open(entry.gateway, tenant, labels, lease, stack)
+        self._heard.setdefault(entry.gateway, self.clock())
+        return route
+
+    def _route(self, entry: Entry, tenant: Tenant, outer: _Open | None) -> Route:
         if entry.within and outer is None:
             raise RequestError("the request that this one is part of has ended", 409)
         if not outer and not tenant.sees(entry.model):
@@ -167,8 +190,10 @@ class Desk:
         route = self.resolve(entry.model, tenant, entry.user, entry.id)
         if route.agent and outer:
             raise RequestError(f"{entry.model} is a mixture of agents, which asks no other mixture", 400)
-        limits = tenant.limits or self.config.limits
-        lease = None if outer else self._meters.enter(tenant.key or tenant.name, limits, entry.tokens, self.clock())
+        return route
+
+    async def _turn_of(self, route: Route, tenant: Tenant, entry: Entry, lease: Lease | None) -> AsyncExitStack:
+        """Waits for a slot, which closing the stack gives back; an agent has none of its own."""
         stack = AsyncExitStack()
         try:
             if not route.agent:
@@ -181,28 +206,43 @@ class Desk:
             raise
         finally:
             self._entering.pop(entry.id, None)
-        self._open[entry.id] = _Open(entry.gateway, tenant, lease, stack)
-        self._heard.setdefault(entry.gateway, self.clock())
-        return route
+        return stack
 
-    async def leave(self, id: str, used: int) -> None:
-        """A request has ended, or does not wait any longer; unknown ones are ignored, as after a restart.
-
-        Args:
-            used: tokens of its prompts and answers.
-        """
+    async def leave(self, id: str, report: Report) -> None:
+        """A request has ended, or does not wait any longer; unknown ones are ignored, as after a restart."""
         request = self._open.pop(id, None)
         if request is None:
             if entering := self._entering.get(id):
                 entering.cancel()
             return
+        self._metrics.ended(request.labels, report, self.clock())
         if request.lease is not None:
-            self._meters.leave(request.lease, used, self.clock())
+            self._meters.leave(request.lease, report.used, self.clock())
         await request.stack.aclose()
 
     def hear(self, gateway: str) -> None:
         """A gateway is alive."""
         self._heard[gateway] = self.clock()
+
+    def read_news(self, base: str, news: News, references: Mapping[str, Reference]) -> None:
+        """What a replica of a base's engine has done lately.
+
+        Args:
+            references: fingerprints of the versions that have one, by digest.
+        """
+        now = self.clock()
+        names = {
+            one.digest: name for name, adapter in sorted(self._catalog.adapters.items()) for one in adapter.versions
+        }
+        digests = {*news.loads, *news.evictions, *news.sketches}
+        labels = {digest: Labels(base, names.get(digest, NONE), digest[:12]) for digest in digests}
+        self._metrics.adapters([labels[one] for one in news.loads], [labels[one] for one in news.evictions], now)
+        for digest in news.sketches.keys() & references.keys():
+            findings = self._drift.add(digest, news.sketches[digest], references[digest], now)
+            self._metrics.drifted(labels[digest], findings, now)
+            for one in findings:
+                if one.is_alarm:
+                    _log.warning("the traffic of %s %s drifts: %s", labels[digest].adapter, digest[:12], one)
 
     async def drop_silent(self) -> None:
         """Lets go of what belongs to gateways that have fallen silent."""
@@ -211,7 +251,7 @@ class Desk:
             del self._heard[name]
             lost = [id for id, request in self._open.items() if request.gateway == name]
             for id in lost:
-                await self.leave(id, 0)
+                await self.leave(id, Report(status=503))
             if lost:
                 _log.warning("gateway %s is gone; %d of its requests were let go", name, len(lost))
 
@@ -294,12 +334,10 @@ class Desk:
             RequestError: 401 or 403.
         """
         self.tenant(authorization, "admin")
-        return ""
-
-    def at_work(self) -> dict[str, dict[str, int]]:
-        """Requests that wait for a slot, and all that are open."""
-        waiting = {name: gate.queue.waiting for name, gate in self._gates.items()}
-        return {"waiting": waiting, "open": {"all": len(self._open)}}
+        open = {base: 0 for base in (*self._gates, *([MIXTURE] if self.config.agents else []))}
+        for request in self._open.values():
+            open[request.labels.base] += 1
+        return self._metrics.text(open, {name: gate.queue.waiting for name, gate in self._gates.items()})
 
     def _visible(self, tenant: Tenant) -> Catalog:
         return self._catalog if tenant is ANYONE else self._catalog.visible_to(tenant.name)
@@ -316,6 +354,13 @@ class Desk:
                 "base_not_served",
             )
         return base
+
+
+def labels_of(route: Route, tenant: Tenant) -> Labels:
+    """Whom a request is counted under."""
+    if route.agent:
+        return Labels(MIXTURE, route.agent, NONE, tenant.name)
+    return Labels(route.base, route.adapter or NONE, (route.digest or NONE)[:12], tenant.name)
 
 
 def unknown_model(model: str) -> RequestError:

@@ -7,9 +7,9 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -22,6 +22,7 @@ from tunesmith.serving.config import Agent, Proposer, Serve
 from tunesmith.serving.desk import Entry, Route, unknown_model
 from tunesmith.serving.engines.protocol import Ask, Message, Piece, Sampling, Version
 from tunesmith.serving.limits import estimated_tokens
+from tunesmith.serving.metrics import LEFT, Report, status_of
 from tunesmith.serving.openapi import describe
 from tunesmith.serving.outside import Outside
 from tunesmith.serving.protocol import (
@@ -50,7 +51,7 @@ class Backend(Protocol):
     """The desk and the engines, wherever they run."""
 
     async def enter(self, entry: Entry) -> Route: ...
-    def leave(self, id: str, used: int) -> None: ...
+    def leave(self, id: str, report: Report) -> None: ...
     def generate(self, base: str, ask: Ask) -> AsyncIterator[Piece]: ...
     async def tokenize(self, base: str, ask: Ask) -> list[int]: ...
     async def embed(self, base: str, prompts: Any, version: Version | None) -> list[list[float]]: ...
@@ -65,15 +66,46 @@ class Turn:
     """A request that is being answered.
 
     Attributes:
-        used: tokens of its prompts and answers so far.
+        arrived: by the monotonic clock.
+        prompt_tokens: of all its prompts so far.
+        completion_tokens: of all its answers so far.
+        answers: that it wants.
+        first: when the first token of a stream came.
+        status: what it comes to; the first failure stays.
+        unended: its parts that have begun and not come to their end.
         extra: further keys of the answer.
     """
 
     route: Route
     id: str
     created: int
-    used: int = 0
+    arrived: float = field(default_factory=time.monotonic)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    answers: int = 0
+    first: float | None = None
+    status: int = 200
+    unended: int = 0
     extra: dict[str, Any] | None = None
+
+    @contextmanager
+    def judged(self) -> Iterator[None]:
+        """Notes whether the block ends, and what it fails with."""
+        self.unended += 1
+        try:
+            yield
+            self.unended -= 1
+        except BaseException as error:
+            self.status = status_of(error) if self.status == 200 else self.status
+            raise
+
+    def report(self) -> Report:
+        """For the desk, now that it has ended."""
+        first = None if self.first is None else self.first - self.arrived
+        total = time.monotonic() - self.arrived
+        # a stream whose client leaves while a chunk is being sent is only closed after the request has left
+        status = LEFT if self.status == 200 and self.unended else self.status
+        return Report(self.prompt_tokens, self.completion_tokens, max(1, self.answers), first, total, status)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -189,7 +221,7 @@ class Gateway:
         tokens = sum(map(estimated_tokens, sent.prompts))
         async with self._turn(request, sent, "embd", tokens) as turn:
             vectors = await self._backend.embed(turn.route.base, sent.prompts, _version(turn.route))
-            turn.used = tokens
+            turn.prompt_tokens = tokens
             return _json(answers.embedding_answer(sent.model, vectors, tokens, sent.encoding_format), turn)
 
     async def tokenize(self, request: Request) -> Response:
@@ -259,32 +291,40 @@ class Gateway:
     async def _turn(self, request: Request, sent: Any, kind: str, tokens: int) -> AsyncIterator[Turn]:
         id = f"{kind}-{uuid.uuid4().hex}"
         entry = Entry(id, self._name, _key(request), sent.model, sent.user, tokens)
-        turn = Turn(await self._entered(entry), id, int(time.time()))
+        created, arrived = int(time.time()), time.monotonic()
+        turn = Turn(await self._entered(entry), id, created, arrived)
         try:
             if self._config.http.log_prompts:
                 _log.info("%s: %s", id, sent.model_dump_json(exclude_unset=True))
-            yield turn
+            with turn.judged():
+                yield turn
         finally:
-            self._backend.leave(id, turn.used)
+            self._backend.leave(id, turn.report())
 
     async def _entered(self, entry: Entry) -> Route:
         try:
             return await self._backend.enter(entry)
         except asyncio.CancelledError:  # the client has left while it waited, or will never know that its turn came
-            self._backend.leave(entry.id, 0)
+            self._backend.leave(entry.id, Report())
             raise
 
     async def _mixed(self, turn: Turn, agent: Agent, ask: Ask) -> AsyncGenerator[Piece | None, None]:
         """A mixture's answer; None to say that it lives. What became of its members is left in `turn.extra`."""
         assert isinstance(ask.prompt, list), "a chat is a conversation"
         conversation: Any = ask.prompt
-        async with aclosing(mixture.run(agent, conversation, self._member(turn), ask.sampling, turn.id)) as events:
-            async for event in events:
-                if isinstance(event, mixture.Done):
-                    turn.used, turn.extra = event.prompt_tokens + event.completion_tokens, {"mixture": event.as_json()}
-                    yield Piece(0, "", event.completion_tokens, event.prompt_tokens, event.finish)
-                else:
-                    yield None if isinstance(event, mixture.KeepAlive) else Piece(0, event.text, 0, 0)
+        events = mixture.run(agent, conversation, self._member(turn), ask.sampling, turn.id)
+        with turn.judged():
+            async with aclosing(events):
+                async for event in events:
+                    if isinstance(event, mixture.Done):
+                        turn.extra = {"mixture": event.as_json()}
+                        turn.prompt_tokens, turn.completion_tokens = event.prompt_tokens, event.completion_tokens
+                        yield Piece(0, "", event.completion_tokens, event.prompt_tokens, event.finish)
+                    elif isinstance(event, mixture.KeepAlive):
+                        yield None
+                    else:
+                        turn.first = turn.first or (time.monotonic() if ask.stream else None)
+                        yield Piece(0, event.text, 0, 0)
 
     def _member(self, turn: Turn) -> mixture.AskMember:
         """How a mixture's members are asked: this server's own pass the desk again, for their turn and their version."""
@@ -299,24 +339,32 @@ class Gateway:
                     async for piece in pieces:
                         yield piece
                 return
+            arrived = time.monotonic()
             route = await self._entered(Entry(id, self._name, None, proposer.model, within=turn.id))
+            member = Turn(route, id, turn.created, arrived)
             try:
-                inner = Ask(id, messages, _version(route), 1, sampling)
-                async with aclosing(self._pieces(Turn(route, id, turn.created), inner)) as pieces:
+                async with aclosing(self._pieces(member, Ask(id, messages, _version(route), 1, sampling))) as pieces:
                     async for piece in pieces:
                         yield piece
             finally:
-                self._backend.leave(id, 0)
+                self._backend.leave(id, member.report())
 
         return ask
 
     async def _pieces(self, turn: Turn, ask: Ask) -> AsyncGenerator[Piece, None]:
         is_first = True
-        async with aclosing(self._backend.generate(turn.route.base, ask)) as stream:  # type: ignore[type-var]
-            async for piece in stream:
-                turn.used += piece.tokens + (piece.prompt_tokens if is_first else 0)
-                is_first = False
-                yield piece
+        turn.answers += ask.n
+        stream: Any = self._backend.generate(turn.route.base, ask)
+        with turn.judged():
+            async with aclosing(stream):
+                async for piece in stream:
+                    if is_first:
+                        turn.prompt_tokens += piece.prompt_tokens
+                        is_first = False
+                    turn.completion_tokens += piece.tokens
+                    if turn.first is None and piece.tokens and ask.stream:
+                        turn.first = time.monotonic()
+                    yield piece
 
 
 async def _refused(_request: Request, error: Any) -> JSONResponse:

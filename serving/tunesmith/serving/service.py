@@ -22,19 +22,27 @@ from tunesmith.cluster.base import BaseRef, find_base
 from tunesmith.cluster.errors import AdapterError, RequestError, StorageError
 from tunesmith.serving.config import Base, Serve
 from tunesmith.serving.desk import Desk, Entry, Route, capacity
+from tunesmith.serving.drift import Reference, read_reference
+from tunesmith.serving.engines.diary import News
 from tunesmith.serving.engines.protocol import Ask, Piece, Version
 from tunesmith.serving.gateway import Gateway
+from tunesmith.serving.metrics import Report
 from tunesmith.serving.registry import Registry
 
 APPLICATION = "tunesmith"
 DESK = "tunesmith-desk"
 HEARTBEAT_S = 2.0
+NEWS_S = 5.0
+"""How often an engine's replica tells the desk what it has done."""
 DESK_PATIENCE_S = 15.0
 """How long requests wait for a desk that is being restarted."""
 SPARE = 64
 """Requests that a gateway takes beyond those that bases work on or let wait: mixtures, lists, and what is refused."""
 TRIES = 3
 """Of a request that has brought nothing yet, on a replica that died under it."""
+
+
+_log = logging.getLogger(__name__)
 
 
 def engine_kind(base: Base) -> str:
@@ -61,6 +69,8 @@ class EngineReplica:
         self._cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "adapters"
         self._folders: dict[str, str] = {}
         await self._engine.start()
+        self._references: dict[str, Reference | None] = {}
+        self._telling = asyncio.create_task(self._tell(name))
 
     async def check_health(self) -> None:
         """Raises when the engine has died."""
@@ -80,6 +90,24 @@ class EngineReplica:
     async def embed(self, prompts: Any, version: Version | None) -> list[list[float]]:
         """See `Engine.embed`."""
         return await self._engine.embed(prompts, await self._copied(version))
+
+    async def _tell(self, base: str) -> None:
+        """Tells the desk for ever what the engine does."""
+        desk: Any = ray.get_actor(DESK)
+        while True:
+            await asyncio.sleep(NEWS_S)
+            if news := self._engine.diary.take():
+                references = {digest: self._reference(digest) for digest in news.sketches}
+                desk.read_news.remote(base, news, {digest: one for digest, one in references.items() if one})
+
+    def _reference(self, digest: str) -> Reference | None:
+        if digest not in self._references:
+            try:
+                self._references[digest] = read_reference(Path(self._folders[digest]))
+            except AdapterError as error:
+                _log.warning("version %s is not watched for drift: %s", digest[:12], error)
+                self._references[digest] = None
+        return self._references[digest]
 
     async def _local(self, ask: Ask) -> Ask:
         from dataclasses import replace
@@ -110,9 +138,13 @@ class DeskActor:
         """See `Desk.enter`."""
         return await self._awake.enter(entry)
 
-    async def leave(self, id: str, used: int) -> None:
+    async def leave(self, id: str, report: Report) -> None:
         """See `Desk.leave`."""
-        await self._awake.leave(id, used)
+        await self._awake.leave(id, report)
+
+    async def read_news(self, base: str, news: News, references: dict[str, Reference]) -> None:
+        """See `Desk.read_news`."""
+        self._awake.read_news(base, news, references)
 
     async def hear(self, gateway: str) -> None:
         """See `Desk.hear`."""
@@ -152,9 +184,9 @@ class RayBackend:
             self._beating = asyncio.create_task(self._beat())
         return await self._at_desk("enter", entry)
 
-    def leave(self, id: str, used: int) -> None:
+    def leave(self, id: str, report: Report) -> None:
         """See `Desk.leave`; not waited for."""
-        self._desk.leave.remote(id, used)
+        self._desk.leave.remote(id, report)
 
     async def models(self, authorization: str | None) -> list[tuple[str, str]]:
         """See `Desk.models`."""

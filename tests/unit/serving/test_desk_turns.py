@@ -14,6 +14,7 @@ import tiny_adapters
 from tunesmith.cluster.errors import RequestError
 from tunesmith.serving.config import Serve
 from tunesmith.serving.desk import Desk, Entry, capacity
+from tunesmith.serving.metrics import Report
 
 
 @pytest.fixture
@@ -41,13 +42,13 @@ def test_one_that_leaves_while_it_waits_is_never_given_the_slot(desk: Desk) -> N
         await desk.enter(entry("first"))
         waiting = asyncio.create_task(desk.enter(entry("second")))
         await asyncio.sleep(0)
-        await desk.leave("second", 0)
+        await desk.leave("second", Report())
         await asyncio.wait({waiting}, timeout=1)
         assert waiting.cancelled()
-        await desk.leave("first", 0)
+        await desk.leave("first", Report())
         await desk.enter(entry("third"))
-        await desk.leave("third", 0)
-        assert desk.at_work() == {"waiting": {"tiny": 0}, "open": {"all": 0}}
+        await desk.leave("third", Report())
+        assert (desk._open, desk._gates["tiny"].queue.waiting) == ({}, 0)
 
     within_seconds(work)
 
@@ -61,7 +62,7 @@ def test_a_queue_is_as_long_as_what_is_worked_on(desk: Desk) -> None:
             await desk.enter(entry("too many"))
         assert refused.value.status == 503
         assert refused.value.retry_after
-        await desk.leave("at work", 0)
+        await desk.leave("at work", Report())
         await waiting
 
     within_seconds(work)
@@ -95,7 +96,7 @@ def test_a_slow_look_at_the_registry_does_not_bring_back_what_a_move_has_changed
 def await_route(desk: Desk) -> Any:
     async def work() -> Any:
         route = await desk.enter(entry("before"))
-        await desk.leave("before", 0)
+        await desk.leave("before", Report())
         return route
 
     return asyncio.run(work())

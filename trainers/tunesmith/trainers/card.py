@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tunesmith.cluster.artifacts import MaskReceipt, ParityReceipt, PlanReceipt
+from tunesmith.cluster.artifacts import FingerprintReceipt, MaskReceipt, ParityReceipt, PlanReceipt
 from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.metrics import read_metrics
 from tunesmith.cluster.recipe.load import recipe_hash, resolved
@@ -26,7 +26,13 @@ def versions() -> dict[str, str]:
 
 
 def card(
-    recipe: Recipe, base: BaseRef, run: RunFolder, data: Prepared, parity: ParityReceipt, parity_split: str
+    recipe: Recipe,
+    base: BaseRef,
+    run: RunFolder,
+    data: Prepared,
+    parity: ParityReceipt,
+    parity_split: str,
+    fingerprint: FingerprintReceipt,
 ) -> str:
     """The whole README.md, with the front matter that the hub reads."""
     sections = [
@@ -35,7 +41,7 @@ def card(
         f"## Load it\n\n{_loading(recipe, base, data)}",
         f"## Losses\n\n{_losses(read_metrics(run.metrics))}",
         f"## Data\n\n{_data(data)}",
-        f"## Receipts\n\n{_receipts(run.receipts, parity, parity_split)}",
+        f"## Receipts\n\n{_receipts(run.receipts, parity, parity_split)}\n{_fingerprint(fingerprint)}",
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True).strip()}\n```",
         f"## Provenance\n\n{_provenance(recipe, base, data)}",
     ]
@@ -147,6 +153,18 @@ def _plan(plan: PlanReceipt | None) -> list[str]:
         f"{plan.steps} optimizer steps, {predicted} was predicted"
     ]
     return lines + ([f"  - {plan.problem}"] if plan.problem else [])
+
+
+def _fingerprint(sketch: FingerprintReceipt) -> str:
+    if sketch.problem:
+        return f"- fingerprint (none): {sketch.problem}"
+    tokens, answers = sum(sketch.answer_tokens), sketch.answers
+    some = "" if answers == sketch.all_answers else f" of about {sketch.all_answers:,}"
+    return (
+        f"- fingerprint: {answers:,}{some} trained answers of {tokens / answers:.0f} tokens on average after prompts of "
+        f"{sum(sketch.prompt_tokens) / answers:.0f}, {sketch.refusals / answers:.1%} of them refusals; serving compares its "
+        "traffic with `receipts/fingerprint.json`, which holds sums alone and no row"
+    )
 
 
 def _verdict(passed: bool) -> str:

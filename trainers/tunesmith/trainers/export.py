@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel
 from torch import Tensor, nn
 
-from tunesmith.cluster.artifacts import ParityReceipt, ParityRows
+from tunesmith.cluster.artifacts import ParityReceipt
 from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import ReceiptError
 from tunesmith.cluster.recipe.load import recipe_hash
@@ -26,6 +27,7 @@ from tunesmith.trainers.data.prepare import Prepared
 from tunesmith.trainers.models import load_tokenizer
 from tunesmith.trainers.ranks import on_first
 from tunesmith.trainers.receipts import parity
+from tunesmith.trainers.receipts.fingerprint import fingerprint
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -65,9 +67,12 @@ def write_artifact(
                 trained, folder, base, store, rows, quantization=recipe.model.quantization, dtype=dtype, device=device
             )
             scored = parity.scored_rows(trained, store, rows, recipe.model.quantization, dtype)
-            _save_receipts(run, receipt, scored, folder)
+            sketch = fingerprint(data.train, load_tokenizer(base))
+            _save_receipts(run, {"parity": receipt, "parity_rows": scored, "fingerprint": sketch}, folder)
             about |= _about(recipe, base, data, receipt)
-            (folder / "README.md").write_text(card.card(recipe, base, run, data, receipt, split), encoding="utf-8")
+            (folder / "README.md").write_text(
+                card.card(recipe, base, run, data, receipt, split, sketch), encoding="utf-8"
+            )
         return receipt
 
     receipt = on_first(write)
@@ -172,13 +177,14 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _save_receipts(run: RunFolder, receipt: ParityReceipt, scored: ParityRows, folder: Path) -> None:
+def _save_receipts(run: RunFolder, made: Mapping[str, BaseModel], folder: Path) -> None:
     receipts = folder / "receipts"
     if run.receipts.is_dir():
         shutil.copytree(run.receipts, receipts)
     receipts.mkdir(exist_ok=True)
-    (receipts / "parity.json").write_text(receipt.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    (receipts / "parity_rows.json").write_text(scored.model_dump_json() + "\n", encoding="utf-8")
+    for name, receipt in made.items():
+        indent = 1 if name == "parity" else None  # people read that one
+        (receipts / f"{name}.json").write_text(receipt.model_dump_json(indent=indent) + "\n", encoding="utf-8")
 
 
 def _about(recipe: Recipe, base: BaseRef, data: Prepared, receipt: ParityReceipt) -> dict[str, Any]:

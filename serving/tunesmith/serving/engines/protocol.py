@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from tunesmith.serving.engines.diary import Diary
 
 Finish = Literal["stop", "length"]
 Message = dict[str, Any]
@@ -133,7 +136,9 @@ class EngineInfo:
 
 
 class Engine(Protocol):
-    """A base model with adapters over it."""
+    """A base model with adapters over it. What it loads, lets go and answers goes into its `diary`."""
+
+    diary: Diary
 
     def info(self) -> EngineInfo:
         """What is served."""

@@ -23,6 +23,7 @@ from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import RequestError
 from tunesmith.serving.config import Base
 from tunesmith.serving.engines import prompts, weights
+from tunesmith.serving.engines.diary import Diary
 from tunesmith.serving.engines.protocol import Ask, EngineInfo, Finish, Piece, TokenLogprob, Version
 from tunesmith.serving.engines.sampling import Drawer
 from tunesmith.serving.engines.text import TextStream
@@ -51,6 +52,7 @@ class Row:
     finish: Finish | None = None
     is_cancelled: bool = False
     first: tuple[TokenLogprob, ...] = ()
+    drawn: list[int] = field(default_factory=list)
 
     @property
     def is_over(self) -> bool:
@@ -59,6 +61,7 @@ class Row:
     def take(self, logits_V: Tensor) -> int:
         """Draws the next token from fp32 logits and emits what it adds."""
         token = self.drawer.draw(logits_V)
+        self.drawn.append(token)
         wanted = self.ask.sampling.logprobs
         logprobs = () if wanted is None else (logprob_of(token, logits_V.log_softmax(-1), wanted, self.tokenizer),)
         self.room -= 1
@@ -116,6 +119,7 @@ class TransformersEngine:
     name: str
     ref: BaseRef
     settings: Base
+    diary: Diary = field(default_factory=Diary)
     _models: OrderedDict[str | None, Loaded] = field(default_factory=OrderedDict)
     _loading: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _waiting: deque[Row] = field(default_factory=deque)
@@ -163,8 +167,11 @@ class TransformersEngine:
                 piece = await pieces.get()
                 if isinstance(piece, BaseException):
                     raise piece
+                if piece.finish is not None:
+                    left -= 1
+                    row = rows[piece.index]
+                    self.diary.answered(ask.version, row.tokens, row.drawn, row.tokenizer)
                 yield piece
-                left -= piece.finish is not None
         finally:
             loaded.users -= len(rows)
             for row in rows:
@@ -210,6 +217,7 @@ class TransformersEngine:
                 self._loader, weights.with_adapter, self._models[None].model, version, self._device
             )
             self._models[version.digest] = Loaded(model)
+            self.diary.loaded(version.digest)
             self._trim(keep=version.digest)
         finally:
             del self._loading[version.digest]
@@ -219,7 +227,8 @@ class TransformersEngine:
         loaded = self._models.get(digest)
         while loaded is not None and loaded.users:
             await asyncio.sleep(0.05)
-        self._models.pop(digest, None)
+        if self._models.pop(digest, None) is not None:
+            self.diary.evicted(digest)
         self._tokenizers.forget(digest)
 
     def _trim(self, keep: str | None = None) -> None:
@@ -228,6 +237,7 @@ class TransformersEngine:
         for digest in idle[: max(0, len(self._models) - 1 - self.settings.max_cached_adapters)]:
             del self._models[digest]
             self._tokenizers.forget(str(digest))
+            self.diary.evicted(str(digest))
 
     def _next(self) -> None:
         """Starts batches while there are threads for them: the oldest waiting row, and others of its version."""

@@ -26,6 +26,7 @@ from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import AdapterError, RequestError
 from tunesmith.serving.config import Base
 from tunesmith.serving.engines import prompts
+from tunesmith.serving.engines.diary import Diary
 from tunesmith.serving.engines.protocol import Ask, EngineInfo, Piece, TokenLogprob, Version
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -44,8 +45,10 @@ class VllmEngine:
     name: str
     ref: BaseRef
     settings: Base
+    diary: Diary = field(default_factory=Diary)
     _ids: dict[str, int] = field(default_factory=dict)
     _users: dict[str, int] = field(default_factory=dict)
+    _held: set[int] = field(default_factory=set)
     _last_id: int = 0
 
     async def start(self) -> None:
@@ -98,7 +101,12 @@ class VllmEngine:
             TokensPrompt(prompt_token_ids=tokens), _parameters(ask, stops), ask.id, lora_request=adapter
         )
         try:
+            drawn: dict[int, list[int]] = {index: [] for index in range(ask.n)}
             async for output in outputs:
+                for one in output.outputs if ask.sampling.max_tokens != 0 else ():
+                    drawn[one.index] += one.token_ids
+                    if one.finish_reason is not None:
+                        self.diary.answered(ask.version, tokens, drawn[one.index], tokenizer)
                 for piece in _pieces(output, ask, tokens, tokenizer):
                     yield piece
         except VLLMValidationError as error:
@@ -129,6 +137,8 @@ class VllmEngine:
         self._tokenizers.forget(digest)
         if number is not None:
             await self._engine.remove_lora(number)
+            self._held.discard(number)
+            self.diary.evicted(digest)
 
     async def check_health(self) -> None:
         """Raises when vLLM's process has died."""
@@ -137,6 +147,16 @@ class VllmEngine:
     def stop(self) -> None:
         """Ends vLLM's process."""
         self._engine.shutdown()
+
+    async def _note_moves(self) -> None:
+        """vLLM by itself lets go of what is used least, and loads it again when it is asked for."""
+        held = set(await self._engine.list_loras())
+        for digest, number in self._ids.items():
+            if number in held - self._held:
+                self.diary.loaded(digest)
+            if number in self._held - held:
+                self.diary.evicted(digest)
+        self._held = held
 
     async def _adapter(self, version: Version | None) -> LoRARequest | None:
         if version is None:
@@ -154,6 +174,7 @@ class VllmEngine:
                 del self._ids[version.digest]
                 reason = " ".join(str(error).split())[:300]
                 raise AdapterError(f"version {version.digest[:12]}: vLLM cannot load it: {reason}") from error
+            await self._note_moves()
         return request
 
 

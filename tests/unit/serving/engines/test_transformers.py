@@ -15,6 +15,7 @@ from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig,
 
 from tunesmith.cluster.base import find_base
 from tunesmith.cluster.errors import RequestError
+from tunesmith.cluster.sketch import PARTS, answers_in
 from tunesmith.serving.config import Base
 from tunesmith.serving.engines.protocol import Ask, Piece, Sampling, Version
 from tunesmith.serving.engines.transformers import TransformersEngine
@@ -201,3 +202,22 @@ def test_prompts_that_cannot_be_answered_are_refused(prompt: Any, said: str, tin
     request = Ask("r", prompt, None, 1, Sampling(max_tokens=4))
     with pytest.raises(RequestError, match=said):
         with_engine(tiny_base, lambda engine: all_of(engine.generate(request)))
+
+
+def test_the_diary_has_loads_evictions_and_what_was_answered(tiny_base: Path, versions: dict[str, Version]) -> None:
+    async def work(engine: TransformersEngine) -> Any:
+        for kind in ("lora4", "lora16", "lora4"):
+            ask = Ask(
+                kind, PROMPT, versions[kind], n=2, sampling=Sampling(max_tokens=4, temperature=0, ignore_eos=True)
+            )
+            async for _ in engine.generate(ask):
+                pass
+        return engine.diary.take()
+
+    news = with_engine(tiny_base, work, max_cached_adapters=1)
+    four, sixteen = versions["lora4"].digest, versions["lora16"].digest
+    assert news.loads == (four, sixteen, four)
+    assert news.evictions == (four, sixteen)
+    assert {digest: answers_in(sketch) for digest, sketch in news.sketches.items()} == {four: 4, sixteen: 2}
+    assert news.sketches[four][PARTS["answer_tokens"]].sum() == 4 * 4
+    assert news.sketches[four][PARTS["prompt_tokens"]].sum() == 4 * len(PROMPT)
