@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from statistics import median
 from typing import Any
 
 import pytest
+import yaml
 
 from tunesmith.cluster.errors import ModelError, ResourceError
 from tunesmith.cluster.fleet import GIB, parse_fleet
+from tunesmith.cluster.fleet_file import load_fleets
+from tunesmith.cluster.recipe.load import load_recipe
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.trainers.memory.choose import changed
 from tunesmith.trainers.memory.geometry import geometry
@@ -183,3 +187,20 @@ def test_a_quantised_base_takes_its_bytes(quantization: str) -> None:
 def test_unknown_models_are_answered_with_the_nearest() -> None:
     with pytest.raises(ModelError, match=r"Llama-3\.1-8B"):
         geometry("meta-llama/Lama-3.1-8B", "runs")
+
+
+def test_alternatives_simulated_beside_one_another_are_those_simulated_one_by_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tunesmith.cluster.main", "plan", str(tmp_path / "r.yaml"), "--json", "--fleet"]
+    recipe = {
+        "name": "x", "model": {"base": "meta-llama/Llama-3.1-70B"}, "data": {"train": "a.jsonl"}, "objective": "sft",
+        "adaptation": "full", "cluster": {"zero": 3}, "train": {"max_steps": 10, "gradient_checkpointing": True},
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    for fleet in ("8xH100-80GB", "8xA100-40GB"):
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / fleet)}
+        done = subprocess.run([*command, fleet], capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        loaded = load_recipe(tmp_path / "r.yaml")
+        one_by_one = make_plan(loaded, geometry(loaded.model.base, tmp_path), parse_fleet(fleet, load_fleets(None), 1))
+        assert json.loads(done.stdout)["alternatives"] == one_by_one.as_json()["alternatives"]
+        assert one_by_one.alternatives

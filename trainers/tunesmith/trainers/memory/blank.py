@@ -184,3 +184,12 @@ def _targets_by_path(adapter: dict[str, Any]) -> str:
     """The targets that are full names or expressions: those with digits in a path may pick single layers."""
     targets = adapter.get("target_modules") or []
     return " ".join(target for target in ([targets] if isinstance(targets, str) else targets) if "." in target)
+
+
+def rough_parameters(config: Mapping[str, Any]) -> float:
+    """Parameters of a decoder by the shape of its matrices: near enough to see whether a model is far too large."""
+    hidden = float(config.get("hidden_size") or config.get("n_embd") or 0)
+    inner = float(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden)
+    experts = float(config.get("num_local_experts") or config.get("num_experts") or 1)
+    layer = 3 * hidden * hidden + 3 * hidden * inner * experts
+    return layers_of(dict(config)) * layer + 2 * hidden * vocabulary_of(config)

@@ -95,6 +95,15 @@ def choose(planner: Planner, recipe: Recipe, settled: dict[str, Any] | None = No
     return Choice(best.recipe, {**(settled or {}), **best.chosen}, best.prediction)
 
 
+def begin_ahead(planner: Planner, recipe: Recipe) -> None:
+    """Begins to simulate adapters while the recipe itself is simulated, when it will hardly fit.
+
+    Only a recipe that leaves nothing open: what is chosen would change the adapters' simulations.
+    """
+    if isinstance(recipe.adaptation, Full) and not _options(planner, recipe) and planner.is_tight(recipe):
+        planner.begin([changed(recipe, LORA), changed(recipe, QLORA)])
+
+
 def _options(planner: Planner, recipe: Recipe) -> dict[str, tuple[Any, ...]]:
     """What each `auto` may become, the usual first."""
     cluster, train = recipe.cluster, recipe.train
@@ -146,7 +155,9 @@ def alternatives(planner: Planner, choice: Choice) -> list[Alternative]:
         return [(changes, variant) for changes, variant in variants if variant is not None and not hopeless(variant)]
 
     ladders = [steps for attempts in _ladders(planner, choice.recipe) if (steps := sound(attempts))]
-    planner.prepare([steps[0][1] for steps in ladders])
+    planner.finish()
+    planner.begin([steps[0][1] for steps in ladders])
+    planner.finish()
     for steps in ladders:
         for changes, variant in steps:
             prediction = planner.predict(variant)

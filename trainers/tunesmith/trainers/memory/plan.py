@@ -11,7 +11,7 @@ from typing import Any
 from tunesmith.cluster.errors import PlanError, ResourceError, TunesmithError
 from tunesmith.cluster.fleet import GIB, Fleet
 from tunesmith.cluster.recipe.schema import Recipe
-from tunesmith.trainers.memory.choose import Alternative, Choice, alternatives, choose
+from tunesmith.trainers.memory.choose import Alternative, Choice, alternatives, begin_ahead, changed, choose
 from tunesmith.trainers.memory.geometry import Geometry
 from tunesmith.trainers.memory.predict import Planner, Prediction
 from tunesmith.trainers.memory.roofline import Disk, RunTime, disk, run_time
@@ -107,9 +107,13 @@ def make_plan(
     """
     planner = Planner(model, fleet, as_hf, max_length, alone)
     with quiet_libraries(), _simulated(model):
-        choice = choose(planner, recipe, settled)
-        prediction = choice.prediction
-        others = [] if prediction.fits else alternatives(planner, choice)
+        try:
+            begin_ahead(planner, changed(recipe, settled or {}))
+            choice = choose(planner, recipe, settled)
+            prediction = choice.prediction
+            others = [] if prediction.fits else alternatives(planner, choice)
+        finally:
+            planner.end()
     steps, source = _steps(choice, planner.length(choice.recipe))
     return Plan(
         model,

@@ -6,8 +6,7 @@ import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -113,6 +112,8 @@ class Planner:
     alone: bool = False
     _simulations: dict[tuple[Any, ...], Simulation] = field(default_factory=dict)
     _label_differences: dict[tuple[Any, ...], Simulation] = field(default_factory=dict)
+    _copies: Any = field(default=None, init=False)
+    _begun: list[Any] = field(default_factory=list, init=False)
 
     def predict(self, recipe: Recipe, workers: int | None = None) -> Prediction:
         """What a worker will hold under this recipe, which says nothing by `auto` any more.
@@ -159,17 +160,38 @@ class Planner:
             whole_model=isinstance(recipe.adaptation, Full),
         )
 
-    def prepare(self, recipes: list[Recipe]) -> None:
-        """Simulates variants side by side, in copies of this process if it is alone; `predict` then finds them done.
+    def begin(self, recipes: list[Recipe]) -> None:
+        """Begins to simulate variants in copies of this process, if it is alone; `predict` then takes what they found.
 
         A variant that cannot be simulated is left for `predict` to say so.
         """
         if not self.alone or len(recipes) < 2:
             return
-        with ProcessPoolExecutor(min(len(recipes), os.cpu_count() or 1), get_context("fork")) as copies:
-            for done in [copies.submit(_simulated_alone, self, recipe) for recipe in recipes]:
-                if done.exception() is None:
-                    self._simulations |= done.result()
+        from tunesmith.trainers import attention  # noqa: F401  # loads Transformers, which the copies then have
+
+        self._copies = self._copies or get_context("fork").Pool(os.cpu_count() or 1)
+        self._begun += [self._copies.apply_async(_simulated_alone, (replace(self), recipe)) for recipe in recipes]
+
+    def is_tight(self, recipe: Recipe) -> bool:
+        """Whether weights, gradients and optimizer of all parameters alone fill half a device, by a rough count."""
+        engine = engine_of(recipe, self.workers(recipe), not self.fleet.gpu.is_cpu, self.as_hf)
+        shared = engine.workers if engine.stage == 3 else 1
+        return 16 * blank.rough_parameters(self.model.config) / shared > 0.5 * self.fleet.gpu.memory_gib * GIB
+
+    def end(self) -> None:
+        """Ends what was begun and is not wanted any more."""
+        if self._copies is not None:
+            self._copies.terminate()
+            self._copies = None
+        self._begun.clear()
+
+    def finish(self) -> None:
+        """Waits for all that was begun."""
+        for found in self._begun:
+            found.wait()
+            if found.successful():
+                self._simulations |= found.get()
+        self._begun.clear()
 
     def workers(self, recipe: Recipe) -> int:
         """Processes that train."""
@@ -349,7 +371,5 @@ def _work(
 
 def _with(fleet: Fleet, workers: int) -> Fleet:
     """The fleet with another number of GPUs, in nodes as they are."""
-    from dataclasses import replace
-
     per_node = min(workers, fleet.gpus_per_node)
     return replace(fleet, nodes=max(1, -(-workers // per_node)), gpus_per_node=per_node)
