@@ -56,7 +56,9 @@ def test_the_summary_names_losses_receipts_and_where_things_lie() -> None:
     assert "5.500    2.250      60   passed   FAILED" in quickstart.summary([stage])
     for answers, is_offered in (({}, False), ({"answers": []}, True)):
         said = io.StringIO()
-        quickstart.say_end(Path("q"), {"stages": [asdict(stage)], "seconds": 61.0, **answers}, Console(file=said))
+        quickstart.say_end(
+            Path("q"), {"stages": [asdict(stage)], "seconds": 61.0, **answers}, Console(file=said, width=400)
+        )
         assert "q/runs/2-answers/artifact/receipts/mask.html" in said.getvalue()
         assert "Done in 61 s" in said.getvalue()
         assert ("serve q/serve.yaml" in said.getvalue()) == is_offered
