@@ -193,7 +193,9 @@ def _merged(model: Any, unmerged: list[str]) -> Any:
         return None
     try:
         return model.merge_and_unload()
-    except (NotImplementedError, ValueError) as error:  # PEFT's two ways of saying it cannot
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError) as error:  # PEFT's ways of saying that it cannot
         unmerged.append(" ".join(str(error).split()))
         return None
 
