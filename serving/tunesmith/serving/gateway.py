@@ -32,6 +32,7 @@ from tunesmith.serving.protocol import (
     to_asks,
 )
 from tunesmith.serving.protocol_inputs import EmbeddingRequest, MoveRequest, SplitRequest, TokenizeRequest
+from tunesmith.serving.shadow import Shadows
 from tunesmith.serving.wire import every, merged, streamed, whole
 
 BODIES: dict[str, type[BaseModel]] = {
@@ -126,6 +127,7 @@ class Gateway:
     def __init__(self, config: Serve, backend: Backend, name: str) -> None:
         self._config, self._backend, self._name = config, backend, name
         self._outside = Outside(config.endpoints, os.environ)
+        self._shadows = Shadows(backend, name)
         self._most = round(config.http.max_body_mib * 2**20)
 
     def app(self) -> FastAPI:
@@ -354,6 +356,7 @@ class Gateway:
     async def _pieces(self, turn: Turn, ask: Ask) -> AsyncGenerator[Piece, None]:
         is_first = True
         turn.answers += ask.n
+        self._shadows.begin(turn.route, ask, turn.id)
         stream: Any = self._backend.generate(turn.route.base, ask)
         with turn.judged():
             async with aclosing(stream):
