@@ -9,10 +9,11 @@ import math
 import sys
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import openai
 from openai import OpenAI
+from pydantic import BaseModel, ConfigDict
 
 MODEL, BASE = "small", "tiny"
 QUESTION = "What is it?"
@@ -144,7 +145,42 @@ def errors(client: OpenAI) -> None:
     assert streamed.code == "context_length_exceeded", "before the first byte a stream has a status too"
     expect(openai.AuthenticationError, lambda: chat(client.with_options(api_key="ts-" + "0" * 12 + "-" + "0" * 64)))
     expect(openai.NotFoundError, lambda: client.embeddings.create(model=MODEL, input="one"))
-    expect(openai.BadRequestError, lambda: chat(client, response_format={"type": "json_object"}))
+    nonsense = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nonsense"}}}
+    expect(openai.BadRequestError, lambda: chat(client, response_format=nonsense))
+
+
+def embeddings(client: OpenAI) -> None:
+    texts = ["a", "what is it?"]
+    answer = client.embeddings.create(model="vectors", input=texts, encoding_format="float")
+    assert [one.index for one in answer.data] == [0, 1]
+    assert answer.usage.prompt_tokens == sum(map(len, texts)), "the tokenizer is one of bytes"
+    alone = [client.embeddings.create(model="vectors", input=text, encoding_format="float") for text in texts]
+    for one, other in zip(answer.data, alone, strict=True):
+        assert all(
+            math.isclose(a, b, abs_tol=1e-5) for a, b in zip(one.embedding, other.data[0].embedding, strict=True)
+        )
+    assert answer.data[0].embedding != answer.data[1].embedding
+
+
+class Thing(BaseModel):
+    """What the client's own helper makes a schema of."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    colour: Literal["red", "green"]
+    many: Literal[1, 2]
+
+
+def schemas(client: OpenAI) -> None:
+    asked: Any = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 80, "seed": 2}
+    answer = client.chat.completions.parse(**asked, response_format=Thing)
+    assert answer.choices[0].message.parsed == Thing.model_validate_json(answer.choices[0].message.content or "")
+    chunks = client.chat.completions.create(
+        **asked,
+        stream=True,
+        response_format={"type": "json_schema", "json_schema": {"name": "thing", "schema": Thing.model_json_schema()}},
+    )
+    assert Thing.model_validate_json("".join(one.choices[0].delta.content or "" for one in chunks))
 
 
 def expect(kind: type[Exception], work: Callable[[], object]) -> Any:
@@ -162,6 +198,8 @@ CHECKS = (
     seeds,
     stops,
     logprobs,
+    schemas,
+    embeddings,
     completions,
     models,
     streamed_completions_fit_the_client_but_for_its_strictness,

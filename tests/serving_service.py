@@ -95,11 +95,13 @@ def serving(session: RaySession, folder: Path, settings: dict[str, Any]) -> Iter
     """A service with API keys within the block.
 
     Args:
-        settings: of the configuration; a base's `path` is made here, under its own seed.
+        settings: of the configuration; a base without a `path` is made here, under its own seed.
     """
     bases = {
-        name: tiny_models.make("llama", folder / "bases" / name, seed, max_position_embeddings=CONTEXT, **SIZES)
-        for seed, name in enumerate(settings["bases"])
+        name: Path(own["path"])
+        if "path" in own
+        else tiny_models.make("llama", folder / "bases" / name, seed, max_position_embeddings=CONTEXT, **SIZES)
+        for seed, (name, own) in enumerate(settings["bases"].items())
     }
     registry = Registry(str(folder / "registry"))
     first = next(iter(bases))

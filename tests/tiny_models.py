@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
     LlamaConfig,
     MixtralConfig,
     PreTrainedTokenizerFast,
@@ -63,6 +65,21 @@ def config(kind: str, **changes: Any) -> Any:
         norm_topk_prob=True,
         **sizes,
     )
+
+
+def encoder_config(**changes: Any) -> BertConfig:
+    """Config of a tiny BERT."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertConfig(vocab_size=len(tokenizer()), max_position_embeddings=64, **{**sizes, **changes})
+
+
+def make_encoder(folder: Path) -> Path:
+    """Saves a tiny BERT with random weights and its tokenizer; returns the folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(encoder_config(initializer_range=0.5)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
 
 
 def make(kind: str, folder: Path, seed: int = 0, **changes: Any) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import tiny_models
 from serving_service import Service, serving
 
 from tunesmith.cluster.session import RaySession
@@ -18,6 +19,8 @@ PANEL = {
 
 @pytest.fixture(scope="module")
 def service(ray_session: RaySession, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    settings = {"bases": {"tiny": {"engine": "transformers"}}, "agents": {"panel": PANEL}}
-    with serving(ray_session, tmp_path_factory.mktemp("service"), settings) as running:
+    folder = tmp_path_factory.mktemp("service")
+    vectors = {"path": str(tiny_models.make_encoder(folder / "vectors"))}
+    settings = {"bases": {"tiny": {"engine": "transformers"}, "vectors": vectors}, "agents": {"panel": PANEL}}
+    with serving(ray_session, folder, settings) as running:
         yield running

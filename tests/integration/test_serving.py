@@ -142,3 +142,17 @@ def test_a_key_that_has_used_its_minute_is_told_when_to_come_again(service: Serv
         client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=1)
     assert 1 <= int(refused.value.response.headers["retry-after"]) <= 60
     assert refused.value.code == "rate_limit_exceeded"
+
+
+def test_what_gives_no_text_says_where_to_ask(service: Service) -> None:
+    asked = {"model": "vectors", "messages": QUESTION}
+    for path, body, said in (
+        ("/v1/chat/completions", asked, "vectors gives embeddings, no text: ask /v1/embeddings"),
+        ("/v1/chat/completions", {**asked, "stream": True}, "vectors gives embeddings, no text: ask /v1/embeddings"),
+        ("/classify", {"model": "vectors", "input": "a"}, "vectors gives embeddings: ask /v1/embeddings"),
+        ("/classify", {"model": "tiny", "input": "a"}, "tiny writes text; it gives neither embeddings nor classes"),
+        ("/v1/embeddings", {"model": "panel", "input": "a"}, "a mixture of agents gives text alone"),
+    ):
+        answer = service.post(path, body)
+        assert 400 <= answer.status_code < 500, answer.text
+        assert said in answer.json()["error"]["message"]

@@ -64,7 +64,7 @@ def assert_refused(answer: Any) -> None:
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/embeddings", "/tokenize"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/embeddings", "/classify", "/tokenize"])
 def test_bodies_that_are_no_requests_are_refused(service: Service, path: str, body: bytes) -> None:
     began = time.monotonic()
     assert_refused(service.post(path, body))

@@ -13,6 +13,9 @@ from serving_service import QUESTION, RANKS, Service, oracle, serving
 from transformers import AutoTokenizer
 
 from tunesmith.cluster.session import RaySession
+from tunesmith.serving.answers import token_name
+from tunesmith.serving.engines.protocol import TokenLogprob
+from tunesmith.serving.engines.text import spelled
 
 pytest.importorskip("vllm")
 PROMPTS = [[5, 9, 30, 31, 32, 40], [7, 8, 60, 61, 62, 63, 64, 65, 66], [100, 101, 102]]
@@ -51,7 +54,8 @@ def test_a_batch_of_mixed_ranks_answers_as_plain_peft_does_for_each_alone(fast: 
     for prompt in PROMPTS:
         for name in names:
             expected = oracle(fast.bases["tiny"], fast.folders[name] if name else None, prompt, COUNT)
-            assert next(found) == [tokenizer.decode([token]) for token in expected], (name, prompt)
+            spelt = [token_name(TokenLogprob(token, "", 0.0, spelled(token, tokenizer)[1])) for token in expected]
+            assert next(found) == spelt, (name, prompt)
 
 
 @pytest.mark.parametrize("stream", [False, True])

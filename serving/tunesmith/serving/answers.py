@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.cluster.errors import RequestError
-from tunesmith.serving.engines.protocol import Finish, Piece, TokenLogprob
+from tunesmith.serving.engines.protocol import Encoded, Finish, Piece, TokenLogprob
 
 IMPOSSIBLE = -9999.0
 """OpenAI's log-probability for tokens that cannot be drawn: JSON has no infinity."""
@@ -242,6 +242,21 @@ def embedding_answer(model: str, vectors: Sequence[Sequence[float]], prompt_toke
     return {"object": "list", "data": data, "model": model, "usage": usage}
 
 
+def classes_answer(head: Head, made: Encoded) -> Json:
+    """The likeliest class of each prompt and all probabilities, as vLLM's `/classify` gives them."""
+    data = [
+        {
+            "index": index,
+            "label": made.labels[max(range(len(probabilities)), key=probabilities.__getitem__)],
+            "probs": probabilities,
+            "num_classes": len(probabilities),
+        }
+        for index, probabilities in enumerate(made.vectors)
+    ]
+    usage = {"prompt_tokens": made.tokens, "total_tokens": made.tokens}
+    return {"id": head.id, "object": "list", "created": head.created, "model": head.model, "data": data, "usage": usage}
+
+
 def model_answer(name: str, created: int, owner: str = "tunesmith") -> Json:
     """One entry of `/v1/models`."""
     return {"id": name, "object": "model", "created": created, "owned_by": owner}
@@ -289,19 +304,12 @@ def _null_usage(include_usage: bool) -> Json:
 
 
 def _chat_logprobs(tokens: Iterable[TokenLogprob]) -> Json:
-    content = [
-        {
-            "token": _name(one),
-            "logprob": _nats(one.logprob if one.logprob is not None else IMPOSSIBLE),
-            "bytes": list(one.raw or one.text.encode()),
-            "top_logprobs": [
-                {"token": text, "logprob": _nats(logprob), "bytes": None if "\ufffd" in text else list(text.encode())}
-                for _, text, logprob in one.top
-            ],
-        }
-        for one in tokens
-    ]
+    content = [_chat_logprob(one) | {"top_logprobs": [_chat_logprob(other) for other in one.top]} for one in tokens]
     return {"content": content, "refusal": None}
+
+
+def _chat_logprob(one: TokenLogprob) -> Json:
+    return {"token": token_name(one), "logprob": _nats(one.logprob), "bytes": list(one.raw)}
 
 
 class _Offset:
@@ -314,13 +322,13 @@ class _Offset:
     def pass_over(self, one: TokenLogprob) -> int:
         """Where this token begins; the next begins behind it."""
         began = self._at
-        self._at += len(self._decoder.decode(one.raw or one.text.encode()))
+        self._at += len(self._decoder.decode(one.raw))
         return began
 
 
 def _completion_logprobs(tokens: Sequence[TokenLogprob], offset: _Offset) -> Json:
     return {
-        "tokens": [_name(one) for one in tokens],
+        "tokens": [token_name(one) for one in tokens],
         "token_logprobs": [None if one.logprob is None else _nats(one.logprob) for one in tokens],
         "top_logprobs": [_top(one) for one in tokens],
         "text_offset": [offset.pass_over(one) for one in tokens],
@@ -332,28 +340,28 @@ def _top(one: TokenLogprob) -> dict[str, float] | None:
     if one.logprob is None:
         return None
     top: dict[str, float] = {}
-    for _, text, logprob in one.top:
-        top[text] = max(_nats(logprob), top.get(text, -math.inf))
-    top.setdefault(_name(one), _nats(one.logprob))
+    for other in one.top:
+        top[token_name(other)] = max(_nats(other.logprob), top.get(token_name(other), -math.inf))
+    top.setdefault(token_name(one), _nats(one.logprob))
     return top
 
 
-def _name(one: TokenLogprob) -> str:
+def token_name(one: TokenLogprob) -> str:
     """A token's text, or its bytes in OpenAI's notation when they are a part of a character only."""
     try:
-        return one.raw.decode() if one.raw else one.text
+        return one.raw.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in one.raw)
 
 
-def _nats(logprob: float) -> float:
-    return max(logprob, IMPOSSIBLE)
+def _nats(logprob: float | None) -> float:
+    return IMPOSSIBLE if logprob is None else max(logprob, IMPOSSIBLE)
 
 
 def _prompt_text(prompt: str | list[int], tokens: Sequence[TokenLogprob]) -> str:
     if isinstance(prompt, str):
         return prompt
-    return b"".join(one.raw or one.text.encode() for one in tokens).decode(errors="replace")
+    return b"".join(one.raw for one in tokens).decode(errors="replace")
 
 
 def _base64(vector: Sequence[float]) -> str:

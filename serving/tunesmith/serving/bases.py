@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.cluster.base import BaseRef, check_folder, tensor_shapes
 from tunesmith.serving.lora import Shape
+
+TEXT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""Architectures that continue a text."""
 
 
 @dataclass(frozen=True)
@@ -33,3 +37,11 @@ def facts_of(base: BaseRef) -> BaseFacts:
     shapes = {name: tuple(shape) for name, shape in tensor_shapes(folder).items()}
     packed = bool(check_folder(folder, base.reference).get("quantization_config"))
     return BaseFacts(base.digest, None if packed or not shapes else shapes)
+
+
+def writes_text(folder: Path) -> bool:
+    """Whether a model's files say that it continues texts, rather than encode or classify them."""
+    if (folder / "modules.json").is_file():
+        return False
+    named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [TEXT[0]]
+    return any(name.endswith(TEXT) for name in named)

@@ -40,8 +40,8 @@ class Base(Section):
 
     path: str
     """A folder, a hub id, or run:NAME for a fully trained artifact."""
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
-    """`vllm` is the fast one; `transformers` takes every adapter that PEFT loads. `auto` is vllm where it is installed."""
+    engine: Literal["auto", "vllm", "transformers", "encoder"] = "auto"
+    """`vllm` is the fast one; `transformers` takes every adapter; `encoder` gives embeddings or classes. `auto` goes by the model."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the weights. `auto` is bf16 on GPUs and fp32 on CPUs."""
     quantization: Literal["nf4", "int8"] | None = None

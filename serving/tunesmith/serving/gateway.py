@@ -7,9 +7,8 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -20,9 +19,9 @@ from tunesmith.cluster.errors import RequestError
 from tunesmith.serving import answers, mixture, wire
 from tunesmith.serving.config import Agent, Proposer, Serve
 from tunesmith.serving.desk import Entry, Route, unknown_model
-from tunesmith.serving.engines.protocol import Ask, Message, Piece, Sampling, Version
+from tunesmith.serving.engines.protocol import Ask, Encoded, Message, Piece, Sampling, Version
 from tunesmith.serving.limits import estimated_tokens
-from tunesmith.serving.metrics import LEFT, Report, status_of
+from tunesmith.serving.metrics import Report
 from tunesmith.serving.openapi import describe
 from tunesmith.serving.outside import Outside
 from tunesmith.serving.protocol import (
@@ -31,14 +30,22 @@ from tunesmith.serving.protocol import (
     to_ask,
     to_asks,
 )
-from tunesmith.serving.protocol_inputs import EmbeddingRequest, MoveRequest, SplitRequest, TokenizeRequest
+from tunesmith.serving.protocol_inputs import (
+    ClassifyRequest,
+    EmbeddingRequest,
+    MoveRequest,
+    SplitRequest,
+    TokenizeRequest,
+)
 from tunesmith.serving.shadow import Shadows
+from tunesmith.serving.turn import Turn
 from tunesmith.serving.wire import every, merged, streamed, whole
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
     "/v1/embeddings": EmbeddingRequest,
+    "/classify": ClassifyRequest,
     "/tokenize": TokenizeRequest,
     "/admin/adapters/{name}/aliases/{alias}": MoveRequest,
     "/admin/adapters/{name}/aliases/{alias}/split": SplitRequest,
@@ -55,66 +62,11 @@ class Backend(Protocol):
     def leave(self, id: str, report: Report) -> None: ...
     def generate(self, base: str, ask: Ask) -> AsyncIterator[Piece]: ...
     async def tokenize(self, base: str, ask: Ask) -> list[int]: ...
-    async def embed(self, base: str, prompts: Any, version: Version | None) -> list[list[float]]: ...
+    async def encode(self, base: str, prompts: Any, version: Version | None) -> Encoded: ...
     async def models(self, authorization: str | None) -> list[tuple[str, str]]: ...
     async def admin(self, authorization: str | None, change: str, arguments: dict[str, Any]) -> dict[str, Any]: ...
     async def metrics(self, authorization: str | None) -> str: ...
     async def ready(self) -> bool: ...
-
-
-@dataclass
-class Turn:
-    """A request that is being answered.
-
-    Attributes:
-        arrived: by the monotonic clock.
-        prompt_tokens: of all its prompts so far.
-        completion_tokens: of all its answers so far.
-        answers: that it wants.
-        first: when the first token of a stream came.
-        status: what it comes to; the first failure stays.
-        unended: its parts that have begun and not come to their end.
-        extra: further keys of the answer.
-    """
-
-    route: Route
-    id: str
-    created: int
-    arrived: float = field(default_factory=time.monotonic)
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    answers: int = 0
-    first: float | None = None
-    status: int = 200
-    unended: int = 0
-    extra: dict[str, Any] | None = None
-
-    @contextmanager
-    def judged(self) -> Iterator[None]:
-        """Notes whether the block ends, and what it fails with."""
-        self.unended += 1
-        try:
-            yield
-            self.unended -= 1
-        except BaseException as error:
-            self.status = status_of(error) if self.status == 200 else self.status
-            raise
-
-    def report(self) -> Report:
-        """For the desk, now that it has ended."""
-        first = None if self.first is None else self.first - self.arrived
-        total = time.monotonic() - self.arrived
-        # a stream whose client leaves while a chunk is being sent is only closed after the request has left
-        status = LEFT if self.status == 200 and self.unended else self.status
-        return Report(self.prompt_tokens, self.completion_tokens, max(1, self.answers), first, total, status)
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {**self.route.headers(), "x-request-id": self.id}
-
-    @property
-    def head(self) -> answers.Head:
-        return answers.Head(self.id, self.route.model, self.created, self.route.fingerprint)
 
 
 class Gateway:
@@ -140,6 +92,7 @@ class Gateway:
         app.post("/v1/chat/completions")(self.chat)
         app.post("/v1/completions")(self.complete)
         app.post("/v1/embeddings")(self.embed)
+        app.post("/classify")(self.classify)
         app.post("/tokenize")(self.tokenize)
         app.get("/v1/models")(self.models)
         app.get("/v1/models/{model:path}")(self.model)
@@ -222,9 +175,26 @@ class Gateway:
         sent = await wire.sent(request, EmbeddingRequest, self._most)
         tokens = sum(map(estimated_tokens, sent.prompts))
         async with self._turn(request, sent, "embd", tokens) as turn:
-            vectors = await self._backend.embed(turn.route.base, sent.prompts, _version(turn.route))
-            turn.prompt_tokens = tokens
-            return _json(answers.embedding_answer(sent.model, vectors, tokens, sent.encoding_format), turn)
+            made = await self._encoded(turn, sent.prompts)
+            if made.labels:
+                raise RequestError(f"{sent.model} gives classes: ask /classify", 404, param="model")
+            return _json(answers.embedding_answer(sent.model, made.vectors, made.tokens, sent.encoding_format), turn)
+
+    async def classify(self, request: Request) -> Response:
+        """A class for each text; vLLM has this route too."""
+        sent = await wire.sent(request, ClassifyRequest, self._most)
+        async with self._turn(request, sent, "classify", sum(map(estimated_tokens, sent.prompts))) as turn:
+            made = await self._encoded(turn, sent.prompts)
+            if not made.labels:
+                raise RequestError(f"{sent.model} gives embeddings: ask /v1/embeddings", 404, param="model")
+            return _json(answers.classes_answer(turn.head, made), turn)
+
+    async def _encoded(self, turn: Turn, prompts: list[str] | list[list[int]]) -> Encoded:
+        if turn.route.agent is not None:
+            raise RequestError("a mixture of agents gives text alone", param="model")
+        made = await self._backend.encode(turn.route.base, prompts, _version(turn.route))
+        turn.prompt_tokens = made.tokens
+        return made
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens that a text or a conversation becomes for a model; vLLM has this route too."""

@@ -1,4 +1,4 @@
-"""Requests that generate nothing: embeddings, the tokens of a text, and operators' changes of aliases."""
+"""Requests that generate nothing: embeddings and classes, the tokens of a text, and operators' changes of aliases."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from tunesmith.serving.protocol import (
 _REFUSED_EMBEDDING: dict[str, tuple[Any, ...]] = {"dimensions": ()}
 
 
-class EmbeddingRequest(StrictRequest):
-    """`/v1/embeddings`."""
+class ClassifyRequest(StrictRequest):
+    """`/classify`, as vLLM has it."""
 
-    refused = _REFUSED_EMBEDDING
     unheard = UNHEARD
 
     model: str = Field(min_length=1, max_length=256)
@@ -32,13 +31,20 @@ class EmbeddingRequest(StrictRequest):
     """Whom to keep on one version of a split alias."""
     input: Prompts
     """A text, token ids, or a list of either."""
-    encoding_format: Literal["float", "base64"] | None = None
-    """`base64` is of little-endian 32-bit floats."""
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """Every text or list of token ids."""
         return listed(self.input)
+
+
+class EmbeddingRequest(ClassifyRequest):
+    """`/v1/embeddings`."""
+
+    refused = _REFUSED_EMBEDDING
+
+    encoding_format: Literal["float", "base64"] | None = None
+    """`base64` is of little-endian 32-bit floats."""
 
 
 class TokenizeRequest(StrictRequest):

@@ -8,6 +8,7 @@ import logging
 import os
 import uuid
 from collections.abc import AsyncIterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from ray.serve.handle import DeploymentHandle
 
 from tunesmith.cluster.base import BaseRef, find_base
 from tunesmith.cluster.errors import AdapterError, RequestError, StorageError
+from tunesmith.serving.bases import writes_text
 from tunesmith.serving.config import Base, Serve
 from tunesmith.serving.desk import Desk, Entry, Route, capacity
 from tunesmith.serving.drift import Reference, read_reference
 from tunesmith.serving.engines.diary import News
-from tunesmith.serving.engines.protocol import Ask, Piece, Version
+from tunesmith.serving.engines.protocol import Ask, Encoded, Piece, Version
 from tunesmith.serving.gateway import Gateway
 from tunesmith.serving.metrics import Report
 from tunesmith.serving.registry import Registry
@@ -45,13 +47,24 @@ TRIES = 3
 _log = logging.getLogger(__name__)
 
 
-def engine_kind(base: Base) -> str:
-    """Which engine runs a base: what it says, or the fast one where it is installed and can."""
-    if base.engine != "auto":
-        return base.engine
-    from importlib.util import find_spec
+def engine_class(base: Base, folder: str) -> type[Any]:
+    """The engine for a base: what the config says, or by what the model is and what is installed."""
+    kind = base.engine
+    if kind == "auto" and not writes_text(Path(folder)):
+        kind = "encoder"
+    if kind == "auto":
+        kind = "vllm" if find_spec("vllm") and base.quantization is None else "transformers"
+    if kind == "vllm":
+        from tunesmith.serving.engines.vllm import VllmEngine
 
-    return "vllm" if find_spec("vllm") and base.quantization is None else "transformers"
+        return VllmEngine
+    if kind == "encoder":
+        from tunesmith.serving.engines.encoder import EncoderEngine
+
+        return EncoderEngine
+    from tunesmith.serving.engines.transformers import TransformersEngine
+
+    return TransformersEngine
 
 
 class EngineReplica:
@@ -60,11 +73,7 @@ class EngineReplica:
     async def __init__(self, name: str, ref: BaseRef, settings: dict[str, Any], registry: str) -> None:  # type: ignore[misc]
         """Serve waits for it: a replica takes requests once its engine has started."""
         base = Base(**settings)
-        if engine_kind(base) == "vllm":
-            from tunesmith.serving.engines.vllm import VllmEngine as Engine
-        else:
-            from tunesmith.serving.engines.transformers import TransformersEngine as Engine
-        self._engine: Any = Engine(name, ref, base)
+        self._engine: Any = engine_class(base, ref.path)(name, ref, base)
         self._registry = Registry(registry)
         self._cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "adapters"
         self._folders: dict[str, str] = {}
@@ -87,9 +96,9 @@ class EngineReplica:
         """See `Engine.tokenize`."""
         return await self._engine.tokenize(await self._local(ask))
 
-    async def embed(self, prompts: Any, version: Version | None) -> list[list[float]]:
-        """See `Engine.embed`."""
-        return await self._engine.embed(prompts, await self._copied(version))
+    async def encode(self, prompts: Any, version: Version | None) -> Encoded:
+        """See `Engine.encode`."""
+        return await self._engine.encode(prompts, await self._copied(version))
 
     async def _tell(self, base: str) -> None:
         """Tells the desk for ever what the engine does."""
@@ -239,10 +248,10 @@ class RayBackend:
         except Exception as error:
             raise as_request_error(error) from error
 
-    async def embed(self, base: str, prompts: Any, version: Version | None) -> list[list[float]]:
-        """See `Engine.embed`."""
+    async def encode(self, base: str, prompts: Any, version: Version | None) -> Encoded:
+        """See `Engine.encode`."""
         try:
-            return await self._engines[base].embed.remote(prompts, version)
+            return await self._engines[base].encode.remote(prompts, version)
         except Exception as error:
             raise as_request_error(error) from error
 

@@ -32,8 +32,9 @@ from tunesmith.serving.answers import (
 from tunesmith.serving.engines.protocol import Piece, TokenLogprob
 
 HEAD = Head("chatcmpl-1", "bot", 1_700_000_000, "base:version:3")
-A = TokenLogprob(1, "a", -0.5, b"a", ((1, "a", -0.5), (2, "b", -math.inf)))
-HALF = TokenLogprob(7, "\ufffd", -1.0, b"\xc3", ((7, "\ufffd", -1.0), (8, "\ufffd", -2.0)))
+A = TokenLogprob(1, "a", -0.5, b"a", (TokenLogprob(1, "a", -0.5, b"a"), TokenLogprob(2, "b", -math.inf, b"b")))
+HALF_TOP = (TokenLogprob(7, "\ufffd", -1.0, b"\xc3"), TokenLogprob(8, "\ufffd", -2.0, b"\xc4"))
+HALF = TokenLogprob(7, "\ufffd", -1.0, b"\xc3", HALF_TOP)
 REST = TokenLogprob(9, "\ufffd", -1.5, b"\xa9", ())
 PIECES = [
     Piece(0, "a", 1, 5, logprobs=(A,)),
@@ -88,7 +89,7 @@ def test_a_completion_counts_choices_over_prompts_and_offsets_in_characters():
     assert first["top_logprobs"][0] == {"a": -0.5, "b": -9999.0}
     assert second["tokens"] == ["bytes:\\xc3", "bytes:\\xa9"]
     assert second["text_offset"] == [0, 0], "both tokens are the one character"
-    assert second["top_logprobs"][0] == {"\ufffd": -1.0, "bytes:\\xc3": -1.0}
+    assert second["top_logprobs"][0] == {"bytes:\\xc3": -1.0, "bytes:\\xc4": -2.0}
 
 
 @pytest.mark.parametrize(("prompt", "tokens"), [("xa", 2), ([3, 1], 2)])

@@ -80,16 +80,17 @@ class TokenLogprob:
     """A token and how likely it was, in nats.
 
     Attributes:
-        text: as it stands alone; it may be no valid UTF-8, which `raw` shows.
-        top: the likeliest tokens of the position, as (id, text, logprob).
+        text: as it stands alone.
         logprob: None for a prompt's first token, which nothing foretells.
+        raw: its bytes, which may be a part of a character only.
+        top: the likeliest tokens of the position.
     """
 
     id: int
     text: str
     logprob: float | None
-    raw: bytes = b""
-    top: tuple[tuple[int, str, float], ...] = ()
+    raw: bytes
+    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,32 +118,24 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class EngineInfo:
-    """What an engine serves.
+class Encoded:
+    """What an encoder makes of some prompts.
 
     Attributes:
-        base_digest: hex sha256 over the base's weights and configuration, as artifacts name it.
-        max_length: most tokens of a prompt and its answer.
-        embeds: whether it gives embeddings.
-        takes: PEFT types of adapters that it loads; empty takes every one.
+        vectors: one for each prompt: an embedding, or the classes' probabilities.
+        tokens: of all prompts.
+        labels: the classes' names; empty for embeddings.
     """
 
-    engine: str
-    base: str
-    base_digest: str
-    max_length: int
-    embeds: bool
-    takes: tuple[str, ...] = ()
+    vectors: list[list[float]]
+    tokens: int
+    labels: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
     """A base model with adapters over it. What it loads, lets go and answers goes into its `diary`."""
 
     diary: Diary
-
-    def info(self) -> EngineInfo:
-        """What is served."""
-        ...
 
     def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """Answers piece by piece. Closing the iterator gives the request's slot back at once.
@@ -160,11 +153,11 @@ class Engine(Protocol):
         """
         ...
 
-    async def embed(self, prompts: list[str] | list[list[int]], version: Version | None) -> list[list[float]]:
+    async def encode(self, prompts: list[str] | list[list[int]], version: Version | None) -> Encoded:
         """A vector for each prompt.
 
         Raises:
-            RequestError: a prompt does not fit.
+            RequestError: a prompt does not fit, or this base writes text.
         """
         ...
 

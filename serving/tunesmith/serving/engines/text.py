@@ -1,7 +1,9 @@
-"""From tokens to streamed text: characters that several tokens share, and stop strings that begin in one piece."""
+"""From tokens to text: characters that several tokens share, and stop strings that begin in one piece."""
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
@@ -48,6 +50,29 @@ class TextStream:
         text = self._decoded[self._sent : end]
         self._sent = end
         return text
+
+
+def spelled(token: int, tokenizer: Any) -> tuple[str, bytes]:
+    """A token's text as it stands alone, and its bytes, which may be a part of a character only.
+
+    Vocabularies write such parts as `<0xE2>`, or a byte for a character as GPT-2 does.
+    """
+    text: str = tokenizer.decode([token])
+    if "\ufffd" not in text:
+        return text, text.encode()
+    written = tokenizer.convert_ids_to_tokens(token)
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", written):
+        return text, bytes.fromhex(byte[1])
+    if all(character in _gpt2_bytes() for character in written):
+        return text, bytes(_gpt2_bytes()[character] for character in written)
+    return text, text.encode()
+
+
+@cache
+def _gpt2_bytes() -> dict[str, int]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def overlap(text: str, word: str) -> int:

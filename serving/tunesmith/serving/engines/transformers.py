@@ -11,7 +11,7 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,9 +24,10 @@ from tunesmith.cluster.errors import RequestError
 from tunesmith.serving.config import Base
 from tunesmith.serving.engines import prompts, weights
 from tunesmith.serving.engines.diary import Diary
-from tunesmith.serving.engines.protocol import Ask, EngineInfo, Finish, Piece, TokenLogprob, Version
+from tunesmith.serving.engines.grammar import Grammar, Grammars
+from tunesmith.serving.engines.protocol import Ask, Encoded, Finish, Piece, TokenLogprob, Version
 from tunesmith.serving.engines.sampling import Drawer
-from tunesmith.serving.engines.text import TextStream
+from tunesmith.serving.engines.text import TextStream, spelled
 
 BATCHES_AT_ONCE = 2
 
@@ -37,6 +38,7 @@ class Row:
 
     Attributes:
         room: tokens it may still have.
+        grammar: what it has to fit, if anything.
         emit: takes its pieces; safe to call from a batch's thread.
     """
 
@@ -49,6 +51,7 @@ class Row:
     text: TextStream
     tokenizer: Any
     emit: Callable[[Piece | BaseException], None]
+    grammar: Grammar | None = None
     finish: Finish | None = None
     is_cancelled: bool = False
     first: tuple[TokenLogprob, ...] = ()
@@ -60,14 +63,16 @@ class Row:
 
     def take(self, logits_V: Tensor) -> int:
         """Draws the next token from fp32 logits and emits what it adds."""
-        token = self.drawer.draw(logits_V)
+        token = self.drawer.draw(logits_V if self.grammar is None else self.grammar.only_allowed(logits_V))
         self.drawn.append(token)
+        if self.grammar is not None:
+            self.grammar.take(token)
         wanted = self.ask.sampling.logprobs
         logprobs = () if wanted is None else (logprob_of(token, logits_V.log_softmax(-1), wanted, self.tokenizer),)
         self.room -= 1
         is_end = token in self.stops and not self.ask.sampling.ignore_eos
         text = "" if is_end else self.text.add(token)
-        if is_end or self.text.is_stopped:
+        if is_end or self.text.is_stopped or (self.grammar is not None and self.grammar.is_complete):
             self.finish = "stop"
         elif self.room <= 0:
             self.finish = "length"
@@ -137,17 +142,10 @@ class TransformersEngine:
         context = self.ref.context_length or 2**20
         self._max_length = min(self.settings.max_length or context, context)
         self._vocabulary = int(base.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-
-    def info(self) -> EngineInfo:
-        """What is served."""
-        return EngineInfo("transformers", self.name, self.ref.digest, self._max_length, False)
+        self._grammars = Grammars(self._vocabulary)
 
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """See `Engine.generate`."""
-        if ask.sampling.schema is not None:
-            raise RequestError(
-                "the transformers engine keeps to no JSON schema; serve this base with vllm", param="response_format"
-            )
         if ask.version is not None:
             await self.load(ask.version)
         pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
@@ -156,7 +154,7 @@ class TransformersEngine:
         def emit(piece: Piece | BaseException) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        rows = self._rows(ask, emit)
+        rows = self._rows(ask, emit, await self._grammar(ask))
         loaded = self._loaded(ask.version)
         loaded.users += len(rows)
         try:
@@ -179,7 +177,15 @@ class TransformersEngine:
             self._waiting = deque(row for row in self._waiting if not row.is_cancelled)
             self._trim()
 
-    def _rows(self, ask: Ask, emit: Callable[[Piece | BaseException], None]) -> list[Row]:
+    async def _grammar(self, ask: Ask) -> Grammar | None:
+        if ask.sampling.schema is None:
+            return None
+        tokenizer = self._tokenizers.of(ask.version)
+        stops = prompts.stop_tokens(self.ref.path, ask.version, tokenizer)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None, self._grammars.compiled, ask.sampling.schema, tokenizer, stops)
+
+    def _rows(self, ask: Ask, emit: Callable[[Piece | BaseException], None], grammar: Grammar | None) -> list[Row]:
         tokenizer = self._tokenizers.of(ask.version)
         tokens = prompts.tokens_of(ask, tokenizer, self._max_length, self._vocabulary)
         room = self._max_length - len(tokens)
@@ -188,7 +194,7 @@ class TransformersEngine:
         return [
             Row(
                 ask, index, tokens, room if wanted is None else min(room, wanted), stops, Drawer(ask.sampling, index),
-                TextStream(tokenizer.backend_tokenizer, ask.sampling.stop), tokenizer, emit,
+                TextStream(tokenizer.backend_tokenizer, ask.sampling.stop), tokenizer, emit, grammar and grammar.copy(),
             )
             for index in range(ask.n)
         ]  # fmt: skip
@@ -197,9 +203,9 @@ class TransformersEngine:
         """See `Engine.tokenize`."""
         return prompts.tokens_of(ask, self._tokenizers.of(ask.version), self._max_length, self._vocabulary)
 
-    async def embed(self, prompts: list[str] | list[list[int]], version: Version | None) -> list[list[float]]:
-        """See `Engine.embed`; a causal language model gives none."""
-        raise RequestError(f"{self.name} gives no embeddings", status=404, param="model")
+    async def encode(self, prompts: list[str] | list[list[int]], version: Version | None) -> Encoded:
+        """See `Engine.encode`; a causal language model writes text."""
+        raise RequestError(f"{self.name} writes text; it gives neither embeddings nor classes", 404, param="model")
 
     async def load(self, version: Version) -> None:
         """See `Engine.load`. Two requests for one version load it once."""
@@ -337,7 +343,8 @@ def prompt_logprobs(model: Any, row: Row, device: torch.device) -> tuple[TokenLo
     ids_T = torch.tensor(row.tokens, device=device)
     logits_TV = model(input_ids=ids_T[None]).logits[0, -len(row.tokens) :].float()
     wanted = row.ask.sampling.prompt_logprobs or 0
-    first = TokenLogprob(row.tokens[0], *_spelled(row.tokens[0], row.tokenizer)[:1], None)
+    text, raw = spelled(row.tokens[0], row.tokenizer)
+    first = TokenLogprob(row.tokens[0], text, None, raw)
     return (
         first,
         *(
@@ -349,12 +356,10 @@ def prompt_logprobs(model: Any, row: Row, device: torch.device) -> tuple[TokenLo
 
 def logprob_of(token: int, logprobs_V: Tensor, wanted: int, tokenizer: Any) -> TokenLogprob:
     """A token with its log-probability and the likeliest others."""
-    text, raw = _spelled(token, tokenizer)
-    values, ids = logprobs_V.topk(wanted) if wanted else ((), ())
-    top = tuple((int(i), _spelled(int(i), tokenizer)[0], float(value)) for value, i in zip(values, ids, strict=True))
-    return TokenLogprob(token, text, float(logprobs_V[token]), raw, top)
 
+    def alone(id: int) -> TokenLogprob:
+        text, raw = spelled(id, tokenizer)
+        return TokenLogprob(id, text, float(logprobs_V[id]), raw)
 
-def _spelled(token: int, tokenizer: Any) -> tuple[str, bytes]:
-    text = tokenizer.decode([token])
-    return text, text.encode("utf-8", "replace")
+    likeliest = logprobs_V.topk(wanted).indices.tolist() if wanted else []
+    return replace(alone(token), top=tuple(map(alone, likeliest)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from tunesmith.cluster.errors import AdapterError, RequestError
 from tunesmith.serving.config import Base
 from tunesmith.serving.engines import prompts
 from tunesmith.serving.engines.diary import Diary
-from tunesmith.serving.engines.protocol import Ask, EngineInfo, Piece, TokenLogprob, Version
+from tunesmith.serving.engines.protocol import Ask, Encoded, Piece, TokenLogprob, Version
+from tunesmith.serving.engines.text import spelled
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM reserves room for."""
@@ -57,6 +58,8 @@ class VllmEngine:
         if on_cpu:  # vLLM reads these from the environment alone
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(self.settings.memory_gib)))
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            # the model beside the scheduler in one process: between two, both would spin while they wait for each other
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         settings = self.settings
         dtype = "float32" if on_cpu and settings.dtype == "auto" else DTYPES[settings.dtype]
@@ -80,10 +83,6 @@ class VllmEngine:
         self._tokenizers = prompts.Tokenizers(self.ref.path)
         self._max_length = int(self._engine.model_config.max_model_len)
         self._vocabulary = int(self._engine.model_config.get_vocab_size())
-
-    def info(self) -> EngineInfo:
-        """What is served."""
-        return EngineInfo("vllm", self.name, self.ref.digest, self._max_length, False, ("LORA",))
 
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """See `Engine.generate`."""
@@ -121,9 +120,9 @@ class VllmEngine:
         """See `Engine.tokenize`."""
         return prompts.tokens_of(ask, self._tokenizers.of(ask.version), self._max_length, self._vocabulary)
 
-    async def embed(self, prompts: list[str] | list[list[int]], version: Version | None) -> list[list[float]]:
-        """See `Engine.embed`; a causal language model gives none."""
-        raise RequestError(f"{self.name} gives no embeddings", status=404, param="model")
+    async def encode(self, prompts: list[str] | list[list[int]], version: Version | None) -> Encoded:
+        """See `Engine.encode`; a causal language model writes text."""
+        raise RequestError(f"{self.name} writes text; it gives neither embeddings nor classes", 404, param="model")
 
     async def load(self, version: Version) -> None:
         """See `Engine.load`."""
@@ -250,9 +249,9 @@ def _pieces(output: RequestOutput, ask: Ask, tokens: list[int], tokenizer: Any) 
 
 
 def _logprob(token: int, at: Any, wanted: int, tokenizer: Any) -> TokenLogprob:
-    text = tokenizer.decode([token])
-    if at is None:
-        return TokenLogprob(token, text, None, text.encode())
-    ranked = sorted((item for item in at.items() if item[1].rank <= wanted), key=lambda item: item[1].rank)
-    top = tuple((i, tokenizer.decode([i]), one.logprob) for i, one in ranked)
-    return TokenLogprob(token, text, at[token].logprob, text.encode(), top)
+    def alone(id: int) -> TokenLogprob:
+        text, raw = spelled(id, tokenizer)
+        return TokenLogprob(id, text, None if at is None else at[id].logprob, raw)
+
+    ranked = [] if at is None else sorted((one.rank, id) for id, one in at.items() if one.rank <= wanted)
+    return replace(alone(token), top=tuple(alone(id) for _, id in ranked))

@@ -34,9 +34,10 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return DTYPES["bf16" if device.type == "cuda" else "fp32"] if name == "auto" else DTYPES[name]
 
 
-def load_base(folder: str, settings: Base, device: torch.device) -> nn.Module:
-    """The base alone, frozen."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def load_base(folder: str, settings: Base, device: torch.device, kind: str = "AutoModelForCausalLM") -> nn.Module:
+    """The base alone, frozen; `kind` is the class of Transformers that loads it."""
+    import transformers
+    from transformers import BitsAndBytesConfig
 
     dtype = dtype_of(settings.dtype, device)
     extra: dict[str, Any] = {}
@@ -48,7 +49,7 @@ def load_base(folder: str, settings: Base, device: torch.device) -> nn.Module:
         extra["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if extra:
         extra["device_map"] = {"": str(device)}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+    model = getattr(transformers, kind).from_pretrained(folder, dtype=dtype, **extra)
     if not extra:
         model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False)

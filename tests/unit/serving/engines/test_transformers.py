@@ -124,7 +124,7 @@ def test_the_prompts_logprobs_are_those_of_a_plain_forward(tiny_base: Path, vers
         assert piece.prompt[0].logprob is None
         for t in range(1, len(PROMPT)):
             assert piece.prompt[t].logprob == pytest.approx(float(logits[t - 1, PROMPT[t]].detach()), abs=1e-5)
-            assert piece.prompt[t].top[0][0] == int(logits[t - 1].argmax())
+            assert piece.prompt[t].top[0].id == int(logits[t - 1].argmax())
         assert (piece.tokens, piece.finish) == (0, "length")
 
 

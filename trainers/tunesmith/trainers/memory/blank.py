@@ -101,6 +101,15 @@ def causal_lm(config: dict[str, Any], dtype: torch.dtype, quantization: str | No
     return model
 
 
+def load_code(config: Mapping[str, Any]) -> None:
+    """Imports what building and running a model of this kind takes; an unknown kind is for `causal_lm` to refuse."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from tunesmith.trainers import attention, policy  # noqa: F401
+
+    MODEL_FOR_CAUSAL_LM_MAPPING.get(type(_about(config)), None)
+
+
 def _about(config: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 

@@ -167,8 +167,7 @@ class Planner:
         """
         if not self.alone or len(recipes) < 2:
             return
-        from tunesmith.trainers import attention  # noqa: F401  # loads Transformers, which the copies then have
-
+        blank.load_code(self.model.config)  # which the copies then have
         self._copies = self._copies or get_context("fork").Pool(os.cpu_count() or 1)
         self._begun += [self._copies.apply_async(_simulated_alone, (replace(self), recipe)) for recipe in recipes]
 
