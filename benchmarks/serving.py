@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import statistics
-import sys
+import os
 import tempfile
 import time
 from collections.abc import Callable, Coroutine
@@ -41,14 +40,24 @@ class Wanted:
     at: float
 
 
-def requests(count: int, adapters: int, alpha: float, rate: float, cv: float) -> list[Wanted]:
-    """S-LoRA's synthetic workload; alpha 1 is uniform, smaller is more skewed. A rate of 0 has all arrive at once."""
+POPULARITY = {
+    "uniform": lambda chance, n: int(chance.power(1.0) * n),
+    "alpha 0.1": lambda chance, n: int(chance.power(0.1) * n),
+    "Zipf 1.5": lambda chance, n: int(
+        chance.choice(n, p=np.arange(1.0, n + 1) ** -1.5 / sum(np.arange(1.0, n + 1) ** -1.5))
+    ),
+}
+"""Which adapter a request asks for."""
+
+
+def requests(count: int, adapters: int, popularity: str, rate: float, cv: float) -> list[Wanted]:
+    """S-LoRA's synthetic workload. A rate of 0 has all arrive at once."""
     chance = np.random.default_rng(0)
     shape = 1 / cv**2
     gaps = chance.gamma(shape, 1 / (rate * shape), count) if rate else np.zeros(count)
     return [
         Wanted(
-            int(chance.power(alpha) * adapters),
+            POPULARITY[popularity](chance, adapters),
             chance.integers(1000, 30_000, int(chance.integers(8, 512)) // 8).tolist(),
             int(chance.integers(8, 512)) // 8,
             float(at),
@@ -208,10 +217,15 @@ class Service:
 
 
 def main() -> None:
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = "1"  # as Ray sets it for an engine that reserves one CPU
+    torch.set_num_threads(1)
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--requests", type=int, default=48)
     options.add_argument("--adapters", type=int, nargs="*", default=[8, 64])
+    options.add_argument("--popularity", nargs="*", default=[*POPULARITY], choices=[*POPULARITY])
     chosen = options.parse_args()
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -221,24 +235,27 @@ def main() -> None:
             folder / "base", folder / "adapters", [RANKS[i % 4] for i in range(max(chosen.adapters))]
         )
         for count in chosen.adapters:
-            lines += measured(folder, adapters[:count], chosen.requests, chosen.rounds)
+            lines += measured(folder, adapters[:count], chosen.requests, chosen.rounds, chosen.popularity)
     setting = (
         f"a Llama of {parameters / 1e6:.0f}M parameters in fp32, LoRA of ranks {RANKS} on every linear layer; "
-        f"{chosen.requests} requests of U[8,512)/8 prompt and answer tokens, uniform over the adapters, all at once; batches "
-        f"of {BATCH}; times to the first token under gamma arrivals at half the throughput (cv 1 and 8)"
+        f"{chosen.requests} requests of U[8,512)/8 prompt and answer tokens, all at once; batches of {BATCH}, one thread "
+        "of computing for every arm (gateway and client have the other core); times to the first token under gamma arrivals at half the throughput (cv 1 and 8), uniform"
     )
     save("serving", setting, {"texts": "equal, greedy, every request, every arm"}, lines)
 
 
-def measured(folder: Path, adapters: list[Path], count: int, rounds: int) -> list[dict[str, Any]]:
+def measured(
+    folder: Path, adapters: list[Path], count: int, rounds: int, popularity: list[str]
+) -> list[dict[str, Any]]:
     """All arms with so many adapters."""
     from tunesmith.serving.checks import Rules
     from tunesmith.serving.config import Serve
     from tunesmith.serving.registry import Registry
     from tunesmith.serving.serve_command import started
 
-    wanted = requests(count, len(adapters), 1.0, 0, 1)
-    settings = {"engine": "vllm", "max_batch": BATCH, "max_queue": 4 * count, "max_rank": max(RANKS), "max_adapters": 8}
+    settings = {
+        "engine": "vllm", "max_batch": BATCH, "max_queue": 4 * count, "max_rank": max(RANKS), "max_adapters": 8, "cpus": 1,
+    }  # fmt: skip
     registry = Registry(str(folder / f"registry-{len(adapters)}"))
     for index, one in enumerate(adapters):
         registry.add(f"a{index}", one, rules=Rules(trust_base=True))
@@ -252,44 +269,68 @@ def measured(folder: Path, adapters: list[Path], count: int, rounds: int) -> lis
     mixing, bare = Mixing(swapping), Bare(folder / "base", adapters, settings)
     with started(Serve.model_validate(written)) as url:
         service = Service(url)
-        expected = swapping.run(wanted)
-        for name, texts in (
-            ("mixing", mixing.run(wanted)),
-            ("bare", bare.run(wanted).texts),
-            ("service", service.run(wanted).texts),
-        ):
-            different = [i for i, (one, other) in enumerate(zip(expected, texts, strict=True)) if one != other]
-            if different:
-                raise SystemExit(
-                    f"no parity: {name} answers {len(different)} of {count} otherwise, first {different[0]}"
-                )
-
-        def rate(run: Callable[[list[Wanted]], Any]) -> Callable[[int], float]:
-            def timed(_round: int) -> float:
-                began = time.perf_counter()
-                run(wanted)
-                return count / (time.perf_counter() - began)
-
-            return timed
-
         arms = {"service": service.run, "bare": bare.run, "mixing": mixing.run, "swapping": swapping.run}
-        figures = in_turn({name: rate(run) for name, run in arms.items()}, rounds)
-        n = f"{len(adapters)} adapters"
-        made = [
-            comparison(f"requests a second, {n}", "PEFT, set_adapter", "1/s", figures["service"], figures["swapping"], ratio="ours/peer", aim="≥ 5"),
-            comparison(f"requests a second, {n}", "PEFT, adapter_names", "1/s", figures["service"], figures["mixing"], ratio="ours/peer", aim="≥ 2"),
-            comparison(f"requests a second, {n}", "vLLM without gateway", "1/s", figures["service"], figures["bare"], ratio="ours/peer", aim="≥ 0.9"),
-        ]  # fmt: skip
-        half = statistics.median(figures["service"]) / 2
+        made = []
+        for name in popularity:
+            made += throughput(
+                arms, requests(count, len(adapters), name, 0, 1), rounds, f"{len(adapters)} adapters, {name}"
+            )
+        half = made[0]["ours"]["median"] / 2
         for cv in (1.0, 8.0):
-            arriving = requests(count, len(adapters), 1.0, half, cv)
-            print(f"  arrivals at {half:.2f}/s, cv {cv:g}", file=sys.stderr, flush=True)
-            ours, alone = service.run(arriving).first, bare.run(arriving).first
-            for name, share in (("p50", 50), ("p99", 99)):
-                pair = [[1000 * float(np.percentile(times, share))] for times in (ours, alone)]
-                what = f"time to first token {name}, {n}, cv {cv:g}"
-                made.append(comparison(what, "vLLM without gateway", "ms", *pair, ratio="ours/peer", aim=None))
+            made += first_tokens(
+                service,
+                bare,
+                requests(count, len(adapters), "uniform", half, cv),
+                f"{len(adapters)} adapters, cv {cv:g}",
+            )
         bare.engine.stop()
+    return made
+
+
+def throughput(
+    arms: dict[str, Callable[[list[Wanted]], Any]], wanted: list[Wanted], rounds: int, what: str
+) -> list[dict[str, Any]]:
+    """Requests a second of every arm, once all answer alike."""
+    texts = {name: made.texts if isinstance(made := run(wanted), Timed) else made for name, run in arms.items()}
+    for name, answers in texts.items():
+        different = [i for i, (one, other) in enumerate(zip(texts["swapping"], answers, strict=True)) if one != other]
+        if different:
+            raise SystemExit(
+                f"no parity, {what}: {name} answers {len(different)} of {len(wanted)} otherwise, first {different[0]}"
+            )
+
+    def rate(run: Callable[[list[Wanted]], Any]) -> Callable[[int], float]:
+        def timed(_round: int) -> float:
+            began = time.perf_counter()
+            run(wanted)
+            return len(wanted) / (time.perf_counter() - began)
+
+        return timed
+
+    figures = in_turn({name: rate(run) for name, run in arms.items()}, rounds)
+    return [
+        comparison(
+            f"requests a second, {what}", against, "1/s", figures["service"], figures[name], ratio="ours/peer", aim=aim
+        )
+        for name, against, aim in (
+            ("swapping", "PEFT, set_adapter", "≥ 5"),
+            ("mixing", "PEFT, adapter_names", "≥ 2"),
+            ("bare", "vLLM without gateway", "≥ 0.9"),
+        )
+    ]
+
+
+def first_tokens(service: Service, bare: Bare, wanted: list[Wanted], what: str) -> list[dict[str, Any]]:
+    """Times to the first token while requests arrive."""
+    ours, alone = service.run(wanted).first, bare.run(wanted).first
+    made = []
+    for name, share in (("p50", 50), ("p99", 99)):
+        pair = [[1000 * float(np.percentile(times, share))] for times in (ours, alone)]
+        made.append(
+            comparison(
+                f"time to first token {name}, {what}", "vLLM without gateway", "ms", *pair, ratio="ours/peer", aim=None
+            )
+        )
     return made
 
 

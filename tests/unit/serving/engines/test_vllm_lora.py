@@ -61,8 +61,39 @@ def test_every_token_gets_its_own_adapter_and_no_other(
     ids = [None if rank is None else slot + 1 for slot, rank in enumerate(ranks)]
     packed = vllm_lora.pack(a, b, SLICES, ids)
     assert len(packed.slots_C) == len(SLICES) * sum(rank or 0 for rank in ranks)
-    vllm_lora.add_lora(y, x, packed, vllm_lora.tokens_of(torch.tensor(slots)))
-    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-5)
+    for _ in range(vllm_lora.STEADY + 3):
+        made = y.clone()
+        vllm_lora.add_lora(made, x, packed, vllm_lora.tokens_of(torch.tensor(slots)))
+        torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_row_of_zeros_within_an_adapter_is_a_row_of_its_rank() -> None:
+    a, b = adapters([4])
+    a[0][0, 0, 1] = 0
+    packed = vllm_lora.pack(a, b, SLICES, [1])
+    assert packed.layout == (4, 4, 4)
+
+
+def test_the_head_and_the_embeddings_change_for_the_adapters_alone_that_change_them() -> None:
+    torch.manual_seed(0)
+    wrapper = vllm_lora.PackedLora(32, 8, "cpu")
+    slots, vocabulary = [0, -1, 1, 2], 40
+    a, b = torch.randn(3, 1, LARGEST, WIDTH), torch.randn(3, 1, vocabulary + 8, LARGEST)
+    a[1], b[1] = 0, 0
+    wrapper._ids = (1, 2, 3)
+    wrapper._sampled = wrapper._tokens = vllm_lora.tokens_of(torch.tensor(slots))
+    x, y = torch.randn(4, WIDTH), torch.randn(4, vocabulary)
+    expected, made = y.clone(), y.clone()
+    for t in (0, 3):
+        expected[t] += x[t] @ a[slots[t], 0].T @ b[slots[t], 0, :vocabulary].T
+    wrapper.add_lora_logits(made, x, a, b, 1.0)
+    torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-5)
+    looked_up, y = torch.randn(4, LARGEST), torch.randn(4, vocabulary + 8)
+    expected, made = y.clone(), y.clone()
+    for t in (0, 3):
+        expected[t] += looked_up[t] @ b[slots[t], 0].T
+    wrapper.add_lora_embedding(made, looked_up, b)
+    torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_a_slot_with_another_adapter_is_packed_anew() -> None:
@@ -91,6 +122,12 @@ def test_vllm_is_as_the_operator_expects_it() -> None:
         "buffer",
         "kwargs",
     ]
+    for name in ("add_lora_logits", "add_lora_embedding"):
+        theirs, ours = (
+            list(inspect.signature(getattr(one, name)).parameters) for one in (PunicaWrapperCPU, vllm_lora.PackedLora)
+        )
+        assert theirs[:-1] == ours[:-1], name
+    assert isinstance(PunicaWrapperBase.sampler_indices, property)
     metadata = list(inspect.signature(PunicaWrapperBase.update_metadata).parameters)
     assert metadata[:3] == ["self", "mapping", "lora_index_to_id"]
     assert isinstance(PunicaWrapperBase.token_lora_indices, property)
