@@ -9,7 +9,7 @@ from typing import Any
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-ORDER = ("sft_throughput", "label_head", "startup", "checkpoint_stall")
+ORDER = ("sft_throughput", "label_head", "startup", "checkpoint_stall", "mixed_lora", "serving")
 
 COMPARISONS = """\
 | | against | Tunesmith | the other | ratio | aim |
@@ -74,7 +74,7 @@ def footnote(reports: list[dict[str, Any]]) -> str:
     machine = reports[0]["machine"]
     libraries = ", ".join(f"{name} {number}" for name, number in machine["libraries"].items())
     return (
-        "Medians over interleaved rounds, with the lowest and highest ratio of a round. Losses are compared before any "
+        "Medians over interleaved rounds, with the lowest and highest ratio of a round. Losses, or greedy answers, are compared before any "
         "ratio is printed. The load is the machine's average when a measurement ended: well above the number of cores, "
         f"other work took part of it. {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
         f"Python {machine['python']}, {libraries}."

@@ -157,7 +157,9 @@ def test_sigint_saves_too_and_exits_130(bench: Bench, start: Callable[..., Comma
     assert newest_checkpoint(run) == small_runs.last_step(run) >= 2
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.matrix)]
+)
 def test_a_second_signal_ends_at_once_and_leaves_no_process(
     bench: Bench, start: Callable[..., Command], number: signal.Signals, exit_code: int
 ):

@@ -119,6 +119,7 @@ def test_unknown_routes_and_methods_are_refused_in_the_same_shape(service: Servi
         assert_refused(httpx.request(method, service.root + path, headers=service.headers(), timeout=30))
 
 
+@pytest.mark.matrix
 def test_a_body_that_never_ends_is_given_up_and_keeps_nobody_waiting(service: Service) -> None:
     """A byte now and then, as slow-loris does it."""
     host, _, port = service.root.removeprefix("http://").partition(":")

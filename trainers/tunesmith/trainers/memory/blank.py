@@ -61,9 +61,9 @@ def sample_depths(config: dict[str, Any], adapter: dict[str, Any] | None) -> tup
         any(adapter.get(key) for key in _BY_LAYER) or any(letter.isdigit() for letter in _targets_by_path(adapter))
     )
     kinds = config.get("layer_types") or []
-    if depth <= 3 or uneven or by_layer or not set(kinds) <= _ALIKE:
+    if depth <= 2 or uneven or by_layer or not set(kinds) <= _ALIKE:
         return None
-    return 2, 3
+    return 1, 2
 
 
 def at_depth(config: dict[str, Any], depth: int) -> dict[str, Any]:

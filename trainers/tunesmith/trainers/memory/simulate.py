@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -122,12 +122,28 @@ def extrapolate(near: Simulation, far: Simulation, at: tuple[int, int], to: int)
     Of labels, likewise: the head scores them in chunks of one size, and keeps as much for each.
     """
     factor = (to - at[0]) / (at[1] - at[0])
-    return _combine(near, far, lambda low, high: low + (high - low) * factor)
+    return _combine(_with_last_layer(near, far), far, lambda low, high: low + (high - low) * factor)
+
+
+def _with_last_layer(near: Simulation, far: Simulation) -> Simulation:
+    """Of one layer, which counts as the first: what the last would hold, which grows with the depth as the head does."""
+    windows = dict(near.windows)
+    for part in ("forward", "backward"):
+        last, head = f"{part} last layer", f"{part} head"
+        if last in far.windows and last not in windows:
+            windows[last] = Counter(far.windows[last])
+            windows[last].subtract(far.windows[head])
+            windows[last].update(near.windows[head])
+    return replace(near, windows=windows)
 
 
 def difference(one: Simulation, other: Simulation) -> Simulation:
-    """What the second has more than the first."""
-    return _combine(one, other, lambda low, high: high - low)
+    """What the second has more than the first, of labels: the first layer and the last hold the same of them."""
+    more = _combine(one, other, lambda low, high: high - low)
+    for part in ("forward", "backward"):
+        if (first := more.windows.get(f"{part} first layer")) is not None:
+            more.windows.setdefault(f"{part} last layer", first)
+    return more
 
 
 def add(simulation: Simulation, more: Simulation) -> Simulation:
