@@ -152,6 +152,8 @@ def test_what_gives_no_text_says_where_to_ask(service: Service) -> None:
         ("/classify", {"model": "vectors", "input": "a"}, "vectors gives embeddings: ask /v1/embeddings"),
         ("/classify", {"model": "tiny", "input": "a"}, "tiny writes text; it gives neither embeddings nor classes"),
         ("/v1/embeddings", {"model": "panel", "input": "a"}, "a mixture of agents gives text alone"),
+        ("/v1/completions", {"model": "panel", "prompt": "a"}, "a mixture of agents takes conversations"),
+        ("/v1/embeddings", {"model": "vectors", "input": "a" * 99}, "this model takes 64 tokens; the prompt has 99"),
     ):
         answer = service.post(path, body)
         assert 400 <= answer.status_code < 500, answer.text

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from adapters import make_adapter
+from peft import LoraConfig, TaskType
 from serving_load import a_client
 from serving_service import QUESTION, RANKS, Service, oracle, serving
 from transformers import AutoTokenizer
 
 from tunesmith.cluster.session import RaySession
 from tunesmith.serving.answers import token_name
+from tunesmith.serving.checks import Rules
 from tunesmith.serving.engines.protocol import TokenLogprob
 from tunesmith.serving.engines.text import spelled
 
@@ -71,3 +76,18 @@ def test_an_answer_fits_its_schema(fast: Service, stream: bool) -> None:
     thing = json.loads(text)
     assert thing.keys() == {"colour", "many"}
     assert thing["colour"] in ("red", "green")
+
+
+def test_an_adapter_that_it_does_not_serve_is_refused_each_time_and_nothing_else_suffers(
+    fast: Service, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=4, target_modules="all-linear", use_dora=True, task_type=TaskType.CAUSAL_LM)
+    version = make_adapter(fast.bases["tiny"], tmp_path / "dora", config)
+    fast.registry.add("dora", Path(version.folder), rules=Rules(trust_base=True))
+    asked: Any = {"model": "dora", "prompt": "a", "max_tokens": 2}
+    time.sleep(1.5)  # until the desk has looked
+    for _ in range(3):
+        answer = fast.post("/v1/completions", asked)
+        assert answer.status_code == 422, answer.text
+        assert "does not serve DoRA" in answer.json()["error"]["message"]
+    assert fast.post("/v1/completions", {**asked, "model": "medium"}).status_code == 200

@@ -66,6 +66,10 @@ class RegistryError(UsageError):
     """No such adapter, alias or version, or one that may not be changed like that."""
 
 
+class UnknownError(RegistryError):
+    """There is no such adapter, alias or version."""
+
+
 class MovedError(RegistryError):
     """The registry is not as it was when the change was decided: somebody else has changed it meanwhile."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tunesmith.cluster.errors import AdapterError, RegistryError
+from tunesmith.cluster.errors import AdapterError, RegistryError, UnknownError
 from tunesmith.serving.config import NAME
 from tunesmith.serving.rollout import Route, choose, sticky_key
 
@@ -324,11 +324,11 @@ def _short(digest: str | None) -> str:
     return f"{digest[:SHORTEST_PIN]}…" if digest else "(unknown)"
 
 
-def _unknown(kind: str, name: str, known: Iterable[str]) -> RegistryError:
+def _unknown(kind: str, name: str, known: Iterable[str]) -> UnknownError:
     names = list(known)
     near = difflib.get_close_matches(name, names, 3, 0.5)
     fix = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(names[-8:]) or 'none'}."
-    return RegistryError(f"there is no {kind} {name[:80]!r}", fix)
+    return UnknownError(f"there is no {kind} {name[:80]!r}", fix)
 
 
 def as_state(catalog: Catalog) -> dict[str, Any]:

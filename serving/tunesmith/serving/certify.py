@@ -76,10 +76,12 @@ def certify(artifact: Path, service: Service, model: str, base: str | None) -> S
     """
     rows = read_rows(artifact)
     problems: list[str] = []
-    differences, changes, headers = [], [], {}
+    differences, changes = [], []
     base = base or find_base_model(service, model, rows.rows[0].tokens)
+    versions: set[str] = set()
     for row in rows.rows:
         served, headers = service.scores(model, row.tokens)
+        versions.add(headers.get("x-tunesmith-version", ""))
         untuned, _ = service.scores(base, row.tokens) if base else (None, {})
         for position, trained in zip(row.positions, row.logprobs, strict=True):
             now = served[position]
@@ -92,6 +94,9 @@ def certify(artifact: Path, service: Service, model: str, base: str | None) -> S
             f"log-probabilities differ from the training forward by {mean:.2g} nats on average and {largest:.2g} at most, "
             f"where {rows.tolerance_mean:g} and {rows.tolerance:g} pass"
         )
+    if len(versions) > 1:
+        found = ", ".join(sorted(version[:12] for version in versions))
+        problems.append(f"{model} is split between the versions {found}: certify each by itself, as NAME@VERSION")
     if not base:
         problems.append(
             "no model of the service is the base alone, so the adapter's effect cannot be seen; give --base"
@@ -107,7 +112,7 @@ def certify(artifact: Path, service: Service, model: str, base: str | None) -> S
         passed=not problems,
         problems=problems,
         model=model,
-        version=headers.get("x-tunesmith-version", ""),
+        version=" ".join(sorted(versions)),
         rows=len(rows.rows),
         tokens=len(differences),
         difference=largest,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from openai import APIConnectionError, APIStatusError, OpenAI
+from openai import APIConnectionError, APIError, APIStatusError, OpenAI
 
 from tunesmith.cluster.errors import UsageError
 
@@ -56,7 +56,11 @@ class Chat:
         return True
 
     def _change_model(self, name: str) -> None:
-        models = [one.id for one in self._client.models.list()]
+        try:
+            models = [one.id for one in self._client.models.list()]
+        except APIError as error:
+            self._note(error.message)
+            return
         if name in models:
             self._model = name
         self._note(
@@ -75,8 +79,8 @@ class Chat:
                     self._say(new)
         except KeyboardInterrupt:
             self._note("\n(stopped)")
-        except APIStatusError as error:
-            self._note(f"{error.status_code}: {error.message}")
+        except APIError as error:
+            self._note(f"{getattr(error, 'status_code', 'the answer broke off')}: {error.message}")
             return
         self._say("\n")
         self._messages = [*asked, {"role": "assistant", "content": answer}]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -53,11 +53,11 @@ class Base(Section):
     max_queue: NonNegativeInt | None = None
     """Requests that may wait for a replica; beyond it the answer is 503 with Retry-After. None is `max_batch`."""
     max_adapters: PositiveInt = 8
-    """Adapters that share one batch; that many are held beside the base."""
+    """Adapters that share one batch of the vllm engine; that many are held beside the base."""
     max_cached_adapters: PositiveInt = 64
     """Adapters held in host memory, the least recently used leaving first."""
     max_rank: PositiveInt = 64
-    """Largest LoRA rank that may enter. The vllm engine reserves memory for it."""
+    """Largest LoRA rank that the vllm engine serves; it reserves memory for it."""
     replicas: PositiveInt = 1
     """Copies of the engine, when autoscaling is not given."""
     autoscaling: Autoscaling | None = None
@@ -68,6 +68,12 @@ class Base(Section):
     """GPUs that a replica reserves."""
     memory_gib: PositiveFloat = 1.0
     """The vllm engine's memory for keys and values on a CPU, in GiB; on a GPU it takes what is free."""
+
+    @model_validator(mode="after")
+    def _what_vllm_does(self) -> Base:
+        if self.engine == "vllm" and self.quantization is not None:
+            raise ValueError(f"quantization {self.quantization}: vllm serves whole weights; take engine: transformers")
+        return self
 
     @property
     def queue_length(self) -> int:
@@ -201,8 +207,3 @@ def load_config(path: str | Path) -> Serve:
     tree, lines = read_yaml(path, ServeConfigError, "serving configuration", "bases")
     origins = {key: f"{path}:{line}" for key, line in lines.items()}
     return checked(Serve, tree, origins, path, ServeConfigError)
-
-
-def plain(config: Serve) -> dict[str, Any]:
-    """The configuration with every default written out, as plain JSON types."""
-    return config.model_dump(mode="json")

@@ -15,12 +15,12 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.cluster.errors import AdapterError, MovedError, RegistryError, RequestError, StorageError
+from tunesmith.cluster.errors import AdapterError, RegistryError, RequestError, StorageError, UnknownError
 from tunesmith.serving.catalog import Catalog, Resolved
 from tunesmith.serving.config import Serve
 from tunesmith.serving.drift import Drift, Reference
 from tunesmith.serving.engines.diary import News
-from tunesmith.serving.fairness import FairQueue, Gate
+from tunesmith.serving.fairness import FairQueue, Gate, Ticket
 from tunesmith.serving.limits import Lease, Meters
 from tunesmith.serving.metrics import MIXTURE, NONE, Labels, Metrics, Report, status_of
 from tunesmith.serving.registry import Registry
@@ -82,6 +82,7 @@ class Entry:
         user: whom to keep on one version of a split alias.
         tokens: estimate of its prompts, and the most that it may be answered.
         within: ticket of the agent's request that this one is part of; limits have been counted there.
+        is_shadow: whether nobody waits for it: it begins at once or never.
     """
 
     id: str
@@ -91,6 +92,7 @@ class Entry:
     user: str | None = None
     tokens: int = 0
     within: str | None = None
+    is_shadow: bool = False
 
 
 @dataclass
@@ -99,6 +101,7 @@ class _Open:
     tenant: Tenant
     labels: Labels
     lease: Lease | None
+    ticket: Ticket | None
     stack: AsyncExitStack
 
 
@@ -156,6 +159,8 @@ class Desk:
                 self._take(*await asyncio.to_thread(self._read))
             except StorageError as error:  # what was read before stays true until it can be read again
                 _log.warning("the registry cannot be read: %s", error)
+            except Exception:  # noqa: BLE001 - were this to end, keys would stay valid and aliases stand still
+                _log.exception("the registry cannot be read")
             await self.drop_silent()
 
     async def enter(self, entry: Entry) -> Route:
@@ -165,6 +170,10 @@ class Desk:
             RequestError: 401, 403, 404, 429 or 503.
         """
         labels, arrived = Labels(), self.clock()
+        if earlier := self._entering.get(entry.id):  # sent again after a failure on the way, it may be here already
+            earlier.cancel()
+            await asyncio.wait({earlier})
+        await self.leave(entry.id, Report(status=503))
         try:
             outer = self._open.get(entry.within or "")
             tenant = outer.tenant if outer else self.tenant(entry.authorization)
@@ -173,12 +182,12 @@ class Desk:
             labels = labels_of(route, tenant)
             limits = tenant.limits or self.config.limits
             lease = None if outer else self._meters.enter(tenant.key or tenant.name, limits, entry.tokens, arrived)
-            stack = await self._turn_of(route, tenant, entry, lease)
+            ticket, stack = await self._turn_of(route, tenant, entry, lease)
         except BaseException as error:
             self._metrics.refused(labels, status_of(error), self.clock())
             raise
         self._metrics.began(labels, self.clock() - arrived, self.clock())
-        self._open[entry.id] = _Open(entry.gateway, tenant, labels, lease, stack)
+        self._open[entry.id] = _Open(entry.gateway, tenant, labels, lease, ticket, stack)
         self._heard.setdefault(entry.gateway, self.clock())
         return route
 
@@ -192,21 +201,25 @@ class Desk:
             raise RequestError(f"{entry.model} is a mixture of agents, which asks no other mixture", 400)
         return route
 
-    async def _turn_of(self, route: Route, tenant: Tenant, entry: Entry, lease: Lease | None) -> AsyncExitStack:
+    async def _turn_of(
+        self, route: Route, tenant: Tenant, entry: Entry, lease: Lease | None
+    ) -> tuple[Ticket | None, AsyncExitStack]:
         """Waits for a slot, which closing the stack gives back; an agent has none of its own."""
-        stack = AsyncExitStack()
+        stack, ticket = AsyncExitStack(), None
         try:
             if not route.agent:
                 gate = self._gates[route.base]
+                if entry.is_shadow and (gate.queue.waiting or gate.queue.at_work >= gate.queue.slots):
+                    raise RequestError("no slot is free for a shadow", 503)
                 self._entering[entry.id] = asyncio.current_task()
-                await stack.enter_async_context(gate.slot(tenant.name, max(1, entry.tokens), LONGEST_WAIT_S))
+                ticket = await stack.enter_async_context(gate.slot(tenant.name, max(1, entry.tokens), LONGEST_WAIT_S))
         except BaseException:
             if lease is not None:
                 self._meters.leave(lease, 0, self.clock())
             raise
         finally:
             self._entering.pop(entry.id, None)
-        return stack
+        return ticket, stack
 
     async def leave(self, id: str, report: Report) -> None:
         """A request has ended, or does not wait any longer; unknown ones are ignored, as after a restart."""
@@ -218,6 +231,8 @@ class Desk:
         self._metrics.ended(request.labels, report, self.clock())
         if request.lease is not None:
             self._meters.leave(request.lease, report.used, self.clock())
+        if request.ticket is not None:
+            request.ticket.cost = max(1, report.used)
         await request.stack.aclose()
 
     def hear(self, gateway: str) -> None:
@@ -275,8 +290,11 @@ class Desk:
             return Route(model, agent=model, generation=self._generation)
         if model in self.digests:
             return Route(model, model, self.digests[model], None, self._generation)
+        adapter = self._catalog.adapters.get(model.partition("@")[0])
+        if adapter is None or (tenant is not ANYONE and adapter.owner not in (None, tenant.name)):
+            raise unknown_model(model)
         try:
-            found = self._visible(tenant).resolve(self._generation, model, user, id)
+            found = self._catalog.resolve(self._generation, model, user, id)
         except RegistryError as error:
             raise unknown_model(model) from error
         base = self._base_of(found)
@@ -320,7 +338,7 @@ class Desk:
                 await asyncio.to_thread(calls[change], **arguments)
             self._take(*await asyncio.to_thread(self._read))
         except RegistryError as error:
-            raise RequestError(str(error), 409 if isinstance(error, MovedError) else 404) from error
+            raise RequestError(str(error), 404 if isinstance(error, UnknownError) else 409) from error
         except AdapterError as error:
             raise RequestError(str(error)) from error
         except StorageError as error:

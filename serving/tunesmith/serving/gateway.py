@@ -8,7 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -25,6 +25,7 @@ from tunesmith.serving.metrics import Report
 from tunesmith.serving.openapi import describe
 from tunesmith.serving.outside import Outside
 from tunesmith.serving.protocol import (
+    DEFAULT_COMPLETION_TOKENS,
     ChatRequest,
     CompletionRequest,
     to_ask,
@@ -52,7 +53,8 @@ BODIES: dict[str, type[BaseModel]] = {
 }
 """What each path takes."""
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("ray.serve.tunesmith")
+"""Below the logger that Serve gives its replicas a file and a level."""
 
 
 class Backend(Protocol):
@@ -141,13 +143,18 @@ class Gateway:
     async def complete(self, request: Request) -> Response:
         """Texts go on, or are scored."""
         sent = await wire.sent(request, CompletionRequest, self._most)
-        tokens = sum(estimated_tokens(prompt) + sent.answers * (sent.max_tokens or 16) for prompt in sent.prompts)
+        most = DEFAULT_COMPLETION_TOKENS if sent.max_tokens is None else sent.max_tokens
+        tokens = sum(estimated_tokens(prompt) + sent.answers * most for prompt in sent.prompts)
         logprobs, echo = sent.logprobs is not None, bool(sent.echo)
         async with AsyncExitStack() as stack:
             turn = await stack.enter_async_context(self._turn(request, sent, "cmpl", tokens))
+            if turn.route.agent is not None:
+                raise RequestError("a mixture of agents takes conversations: ask /v1/chat/completions", param="model")
             asks = to_asks(sent, turn.id, _version(turn.route))
+            # a list of prompts has one slot at the desk: it may not flood the replicas' queues
+            room = asyncio.Semaphore(self._config.bases[turn.route.base].max_batch)
             if not sent.stream:
-                made = await every([whole(self._pieces(turn, ask), ask.n) for ask in asks])
+                made = await every([whole(self._pieces(turn, ask, room), ask.n) for ask in asks])
                 answer = answers.completion_answer(
                     turn.head,
                     made,
@@ -162,9 +169,10 @@ class Gateway:
             )
 
             async def events() -> AsyncGenerator[bytes, None]:
-                async for index, piece in merged([self._pieces(turn, ask) for ask in asks]):
-                    for chunk in stream.chunks(index, piece):
-                        yield answers.event(chunk)
+                async with aclosing(merged([self._pieces(turn, ask, room) for ask in asks])) as pieces:
+                    async for index, piece in pieces:
+                        for chunk in stream.chunks(index, piece):
+                            yield answers.event(chunk)
                 for chunk in stream.end():
                     yield answers.event(chunk)
 
@@ -305,39 +313,35 @@ class Gateway:
             proposer: Proposer, messages: list[Message], sampling: Sampling, id: str
         ) -> AsyncGenerator[Piece, None]:
             if proposer.endpoint is not None:
-                async with aclosing(
-                    self._outside.generate(proposer.endpoint, proposer.model, messages, sampling)
-                ) as pieces:
-                    async for piece in pieces:
+                pieces = self._outside.generate(proposer.endpoint, proposer.model, messages, sampling)
+                async with aclosing(turn.counting(pieces)) as counted:
+                    async for piece in counted:
                         yield piece
                 return
-            arrived = time.monotonic()
-            route = await self._entered(Entry(id, self._name, None, proposer.model, within=turn.id))
+            arrived, tokens = time.monotonic(), estimated_tokens(messages) + (sampling.max_tokens or 0)
+            route = await self._entered(Entry(id, self._name, None, proposer.model, None, tokens, turn.id))
             member = Turn(route, id, turn.created, arrived)
             try:
-                async with aclosing(self._pieces(member, Ask(id, messages, _version(route), 1, sampling))) as pieces:
-                    async for piece in pieces:
+                pieces = self._pieces(member, Ask(id, messages, _version(route), 1, sampling))
+                async with aclosing(turn.counting(pieces)) as counted:  # a client that leaves early pays for them too
+                    async for piece in counted:
                         yield piece
             finally:
                 self._backend.leave(id, member.report())
 
         return ask
 
-    async def _pieces(self, turn: Turn, ask: Ask) -> AsyncGenerator[Piece, None]:
-        is_first = True
+    async def _pieces(self, turn: Turn, ask: Ask, room: asyncio.Semaphore | None = None) -> AsyncGenerator[Piece, None]:
         turn.answers += ask.n
         self._shadows.begin(turn.route, ask, turn.id)
-        stream: Any = self._backend.generate(turn.route.base, ask)
-        with turn.judged():
-            async with aclosing(stream):
-                async for piece in stream:
-                    if is_first:
-                        turn.prompt_tokens += piece.prompt_tokens
-                        is_first = False
-                    turn.completion_tokens += piece.tokens
-                    if turn.first is None and piece.tokens and ask.stream:
-                        turn.first = time.monotonic()
-                    yield piece
+        async with room or nullcontext():
+            stream: Any = turn.counting(self._backend.generate(turn.route.base, ask))
+            with turn.judged():
+                async with aclosing(stream):
+                    async for piece in stream:
+                        if turn.first is None and piece.tokens and ask.stream:
+                            turn.first = time.monotonic()
+                        yield piece
 
 
 async def _refused(_request: Request, error: Any) -> JSONResponse:

@@ -1,7 +1,8 @@
 """What one key may use: requests and tokens a minute, and requests at work. The clock is always passed in.
 
 Tokens are taken when a request begins, by an estimate of its prompt and the most it may answer, and corrected when it
-ends. So a burst cannot begin more than it may use, and what was not used comes back.
+ends: what was not used comes back. A chat that names no `max_tokens` is taken by its prompt alone until it ends, so a burst
+of those may leave a key below zero, and it waits until that is paid.
 """
 
 from __future__ import annotations

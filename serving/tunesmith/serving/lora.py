@@ -31,7 +31,7 @@ def lora_rank(config: Mapping[str, Any], shapes: Mapping[str, Shape], max_rank: 
         if not is_count(rank) or not 1 <= rank <= max_rank:
             raise AdapterError(
                 f"adapter_config.json: {key} is {str(rank)[:40]}; expected 1 to {max_rank}",
-                "The largest rank that may enter is max_rank of the base.",
+                "Raise it with --max-rank; a vllm base serves ranks up to its max_rank.",
             )
     pairs = lora_pairs(shapes)
     if not pairs:

@@ -52,12 +52,13 @@ def started(config: Serve, session: RaySession | None = None) -> Iterator[str]:
         from tunesmith.serving import service
 
         output = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
+        bases = service.find_bases(config, output)  # what fails here has touched nothing that runs
         try:
-            service.deploy(config, service.find_bases(config, output))
+            service.deploy(config, bases)
             host = f"[{config.http.host}]" if ":" in config.http.host else config.http.host
             yield f"http://{host}:{config.http.port}/v1"
         finally:
-            service.take_down()
+            service.take_down(ray_session.local)
 
 
 def names(config: Serve) -> list[str]:

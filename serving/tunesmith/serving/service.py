@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 import uuid
 from collections.abc import AsyncIterator
 from importlib.util import find_spec
@@ -14,13 +15,13 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.serve.config import BackpressureConfig
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from tunesmith.cluster.base import BaseRef, find_base
-from tunesmith.cluster.errors import AdapterError, RequestError, StorageError
+from tunesmith.cluster.errors import AdapterError, RegistryError, RequestError, StorageError
 from tunesmith.serving.bases import writes_text
 from tunesmith.serving.config import Base, Serve
 from tunesmith.serving.desk import Desk, Entry, Route, capacity
@@ -32,7 +33,7 @@ from tunesmith.serving.metrics import Report
 from tunesmith.serving.registry import Registry
 
 APPLICATION = "tunesmith"
-DESK = "tunesmith-desk"
+DESK, NAMESPACE = "tunesmith-desk", "tunesmith"
 HEARTBEAT_S = 2.0
 NEWS_S = 5.0
 """How often an engine's replica tells the desk what it has done."""
@@ -40,6 +41,7 @@ DESK_PATIENCE_S = 15.0
 """How long requests wait for a desk that is being restarted."""
 SPARE = 64
 """Requests that a gateway takes beyond those that bases work on or let wait: mixtures, lists, and what is refused."""
+DEAD = (ActorDiedError, ActorUnavailableError, DeploymentUnavailableError)
 TRIES = 3
 """Of a request that has brought nothing yet, on a replica that died under it."""
 
@@ -77,6 +79,7 @@ class EngineReplica:
         self._registry = Registry(registry)
         self._cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "adapters"
         self._folders: dict[str, str] = {}
+        self._copying: dict[str, asyncio.Task[None]] = {}
         await self._engine.start()
         self._references: dict[str, Reference | None] = {}
         self._telling = asyncio.create_task(self._tell(name))
@@ -102,18 +105,18 @@ class EngineReplica:
 
     async def _tell(self, base: str) -> None:
         """Tells the desk for ever what the engine does."""
-        desk: Any = ray.get_actor(DESK)
+        desk: Any = ray.get_actor(DESK, NAMESPACE)
         while True:
             await asyncio.sleep(NEWS_S)
             if news := self._engine.diary.take():
-                references = {digest: self._reference(digest) for digest in news.sketches}
-                desk.read_news.remote(base, news, {digest: one for digest, one in references.items() if one})
+                found = {digest: await asyncio.to_thread(self._reference, digest) for digest in news.sketches}
+                desk.read_news.remote(base, news, {digest: one for digest, one in found.items() if one})
 
     def _reference(self, digest: str) -> Reference | None:
         if digest not in self._references:
             try:
                 self._references[digest] = read_reference(Path(self._folders[digest]))
-            except AdapterError as error:
+            except (AdapterError, OSError) as error:
                 _log.warning("version %s is not watched for drift: %s", digest[:12], error)
                 self._references[digest] = None
         return self._references[digest]
@@ -127,12 +130,18 @@ class EngineReplica:
         if version is None:
             return None
         if version.digest not in self._folders:
-            try:
-                folder = await asyncio.to_thread(self._registry.fetch, version.digest, self._cache)
-            except (StorageError, AdapterError) as error:
-                raise RequestError(f"version {version.digest[:12]} cannot be read: {error}", 503) from error
-            self._folders[version.digest] = str(folder)
+            if version.digest not in self._copying:
+                self._copying[version.digest] = asyncio.create_task(self._copy(version.digest))
+            await asyncio.shield(self._copying[version.digest])
         return Version(version.digest, self._folders[version.digest])
+
+    async def _copy(self, digest: str) -> None:
+        try:
+            self._folders[digest] = str(await asyncio.to_thread(self._registry.fetch, digest, self._cache))
+        except (StorageError, RegistryError) as error:
+            raise RequestError(f"version {digest[:12]} cannot be read: {error}", 503, retry_after=5) from error
+        finally:
+            del self._copying[digest]
 
 
 class DeskActor:
@@ -140,7 +149,13 @@ class DeskActor:
 
     def __init__(self, config: dict[str, Any], digests: dict[str, str]) -> None:
         checked = Serve(**config)
-        self._desk = Desk(checked, digests, *capacity(checked))
+        while True:  # Ray does not begin anew an actor whose constructor fails
+            try:
+                self._desk = Desk(checked, digests, *capacity(checked))
+                break
+            except StorageError as error:
+                _log.warning("the registry cannot be read, and is tried again: %s", error)
+                time.sleep(2)
         self._looking: asyncio.Task[None] | None = None
 
     async def enter(self, entry: Entry) -> Route:
@@ -184,7 +199,7 @@ class RayBackend:
 
     def __init__(self, engines: dict[str, DeploymentHandle], gateway: str) -> None:
         self._engines, self._gateway = engines, gateway
-        self._desk: Any = ray.get_actor(DESK)
+        self._desk: Any = ray.get_actor(DESK, NAMESPACE)
         self._beating: asyncio.Task[None] | None = None
 
     async def enter(self, entry: Entry) -> Route:
@@ -210,7 +225,7 @@ class RayBackend:
         return await self._at_desk("metrics", authorization)
 
     async def ready(self) -> bool:
-        """Whether the desk answers and every base has a replica."""
+        """Whether the desk answers; gateways come up once every base has a replica."""
         try:
             async with asyncio.timeout(5):
                 await self._desk.hear.remote(self._gateway)
@@ -231,9 +246,9 @@ class RayBackend:
                 async for piece in stream:
                     has_begun = True
                     yield piece
-            except (ActorDiedError, ActorUnavailableError, DeploymentUnavailableError) as error:
+            except DEAD as error:
                 if has_begun or attempt + 1 == TRIES:
-                    raise RequestError("the engine died while it answered", 503, retry_after=5) from error
+                    raise as_request_error(error) from error
             except Exception as error:
                 raise as_request_error(error) from error
             else:
@@ -256,26 +271,28 @@ class RayBackend:
             raise as_request_error(error) from error
 
     async def _at_desk(self, method: str, *arguments: Any) -> Any:
-        try:
-            async with asyncio.timeout(DESK_PATIENCE_S) as patience:
-                while True:
-                    try:
-                        call = getattr(self._desk, method).remote(*arguments)
-                        if method == "enter":  # may wait its turn for longer; the desk itself bounds that
-                            patience.reschedule(None)
-                        return await call
-                    except (ActorDiedError, ActorUnavailableError):  # it is being restarted
-                        patience.reschedule(asyncio.get_running_loop().time() + DESK_PATIENCE_S)
-                        await asyncio.sleep(0.2)
-        except TimeoutError as error:
-            raise RequestError("the service is restarting", 503, retry_after=5) from error
-        except RayTaskError as error:
-            raise as_request_error(error) from error
+        longest = None if method == "enter" else DESK_PATIENCE_S  # a turn may take longer; the desk itself bounds it
+        give_up: float | None = None
+        while True:
+            try:
+                async with asyncio.timeout(longest):
+                    return await getattr(self._desk, method).remote(*arguments)
+            except (ActorDiedError, ActorUnavailableError) as error:  # it is being restarted
+                give_up = give_up or time.monotonic() + DESK_PATIENCE_S
+                if time.monotonic() > give_up:
+                    raise RequestError("the service is restarting", 503, retry_after=5) from error
+                await asyncio.sleep(0.2)
+            except TimeoutError as error:
+                raise RequestError("the service is restarting", 503, retry_after=5) from error
+            except RayTaskError as error:
+                raise as_request_error(error) from error
 
     async def _beat(self) -> None:
         while True:
-            with contextlib.suppress(RayActorError):  # a desk that restarts hears the next beat
+            try:
                 await self._desk.hear.remote(self._gateway)
+            except RayError as error:  # a desk that restarts hears the next beat
+                _log.info("the desk did not hear this gateway: %s", error)
             await asyncio.sleep(HEARTBEAT_S)
 
 
@@ -286,8 +303,8 @@ def as_request_error(error: BaseException) -> RequestError:
         return RequestError(*cause.args)
     if isinstance(cause, AdapterError):
         return RequestError(str(cause), 422, "model", "adapter_not_served")
-    if isinstance(cause, BackPressureError):
-        return RequestError("too many requests are waiting", 503, retry_after=2)
+    if isinstance(cause, DEAD):
+        return RequestError("the engine died while it answered", 503, retry_after=5)
     return RequestError(f"the engine failed: {type(cause).__name__}", 500, code="engine_error")
 
 
@@ -310,8 +327,9 @@ def deploy(config: Serve, bases: dict[str, BaseRef]) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     plain = config.model_dump(mode="json") | {"registry": registry}
     digests = {name: ref.digest for name, ref in bases.items()}
+    _end_desk()  # one of an earlier service, which may have been killed, would rule by its own configuration
     ray.remote(DeskActor).options(
-        name=DESK, lifetime="detached", max_restarts=-1, max_concurrency=10_000, num_cpus=0, get_if_exists=True
+        name=DESK, namespace=NAMESPACE, lifetime="detached", max_restarts=-1, max_concurrency=10_000, num_cpus=0
     ).remote(plain, digests)  # type: ignore[attr-defined]
     engines = {}
     for name, base in config.bases.items():
@@ -359,10 +377,21 @@ class GatewayReplica:
         return Gateway(self._config, RayBackend(self._engines, name), name).app()
 
 
-def take_down() -> None:
-    """Ends the service: requests at work may finish, then Serve and the desk go."""
-    serve.shutdown()
+def take_down(is_alone: bool) -> None:
+    """Ends the service: requests at work may finish, then its application and the desk go.
+
+    Args:
+        is_alone: whether nobody else uses this Ray, so that Serve itself goes too.
+    """
+    if is_alone:
+        serve.shutdown()
+    elif APPLICATION in serve.status().applications:
+        serve.delete(APPLICATION)
+    _end_desk()
+
+
+def _end_desk() -> None:
     try:
-        ray.kill(ray.get_actor(DESK))
-    except ValueError:  # it never came up
+        ray.kill(ray.get_actor(DESK, NAMESPACE))
+    except ValueError:  # there is none
         return

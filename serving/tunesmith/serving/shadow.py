@@ -1,6 +1,7 @@
 """Shadow traffic: an alias may name a version that is asked whatever its route is asked, and whose answers nobody sees.
 
-What it takes shows in the metrics under its own version. It never holds up a request: beyond `MOST` at once none is begun.
+What it takes shows in the metrics under its own version. It never holds up a request: one is begun only while a
+slot is free, and at most `MOST` at once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tunesmith.serving.metrics import Report, status_of
 
 MOST = 32
 """Shadows of one gateway at once."""
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("ray.serve.tunesmith")
 
 
 class Shadows:
@@ -49,7 +50,7 @@ class Shadows:
     async def _ask(self, model: str, digest: str, ask: Ask, within: str) -> None:
         id, began, prompt, completion, status = f"{ask.id}-shadow", time.monotonic(), 0, 0, 200
         try:
-            route = await self._backend.enter(Entry(id, self._gateway, None, model, within=within))
+            route = await self._backend.enter(Entry(id, self._gateway, None, model, within=within, is_shadow=True))
         except RequestError as error:
             _log.info("shadow %s was not asked: %s", digest[:12], error)
             return

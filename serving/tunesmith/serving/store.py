@@ -183,10 +183,13 @@ class ObjectStore:
 
     @contextlib.contextmanager
     def said(self, path: str) -> Iterator[None]:
-        """Turns an OSError of the block, other than that there is no such file, into StorageError with the address."""
+        """Turns what the block raises, other than that there is no such file, into StorageError with the address.
+
+        Object stores' libraries have errors of their own for lost connections and credentials, which are no OSErrors.
+        """
         try:
             yield
         except FileNotFoundError:
             raise
-        except OSError as error:
+        except Exception as error:
             raise StorageError(f"{self.url(path)}: {error}") from error

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.serving.answers import Head
 from tunesmith.serving.desk import Route
+from tunesmith.serving.engines.protocol import Piece
 from tunesmith.serving.metrics import LEFT, Report, status_of
 
 
@@ -39,6 +40,17 @@ class Turn:
     status: int = 200
     unended: int = 0
     extra: dict[str, Any] | None = None
+
+    async def counting(self, pieces: AsyncIterator[Piece]) -> AsyncGenerator[Piece, None]:
+        """The pieces of one ask, whose tokens count as they come."""
+        is_first = True
+        async with aclosing(pieces):  # type: ignore[type-var]
+            async for piece in pieces:
+                if is_first:
+                    self.prompt_tokens += piece.prompt_tokens
+                    is_first = False
+                self.completion_tokens += piece.tokens
+                yield piece
 
     @contextmanager
     def judged(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, TypeVar
 
@@ -111,9 +111,10 @@ async def every(works: list[Coroutine[Any, Any, Any]]) -> list[Any]:
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def merged(streams: list[AsyncIterator[Piece]]) -> AsyncIterator[tuple[int, Piece]]:
+async def merged(streams: Sequence[AsyncIterator[Piece]]) -> AsyncGenerator[tuple[int, Piece], None]:
     """Pieces of several streams as they come, each with its stream's number."""
     queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue(64)
 

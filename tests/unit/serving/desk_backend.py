@@ -10,7 +10,7 @@ from typing import Any
 from tunesmith.cluster.errors import RequestError
 from tunesmith.serving.config import Serve
 from tunesmith.serving.desk import Desk, Entry, Route, capacity
-from tunesmith.serving.engines.protocol import Ask, Piece, Version
+from tunesmith.serving.engines.protocol import Ask, Encoded, Piece, Version
 from tunesmith.serving.metrics import Report
 
 
@@ -51,8 +51,8 @@ class InProcess:
             for index in range(ask.n):
                 yield Piece(index, f" {number}", 1, 5, "stop" if number + 1 == self.words else None)
 
-    async def embed(self, base: str, prompts: Any, version: Version | None) -> list[list[float]]:
-        return [[1.0] for _ in prompts]
+    async def encode(self, base: str, prompts: Any, version: Version | None) -> Encoded:
+        return Encoded([[1.0] for _ in prompts], len(prompts))
 
     async def tokenize(self, base: str, ask: Ask) -> list[int]:
         return [1]
@@ -61,7 +61,7 @@ class InProcess:
         return self.desk.models(authorization)
 
     async def admin(self, authorization: str | None, change: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        return self.desk.admin(authorization, change, arguments)
+        return await self.desk.admin(authorization, change, arguments)
 
     async def metrics(self, authorization: str | None) -> str:
         return self.desk.metrics(authorization)

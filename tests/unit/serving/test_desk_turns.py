@@ -100,3 +100,47 @@ def await_route(desk: Desk) -> Any:
         return route
 
     return asyncio.run(work())
+
+
+def test_a_request_that_is_sent_again_holds_one_slot_and_one_place(desk: Desk) -> None:
+    """A gateway sends it again when the desk did not answer, though it may have come."""
+
+    async def work() -> None:
+        await desk.enter(entry("first"))
+        await desk.enter(entry("first"))
+        waiting = asyncio.create_task(desk.enter(entry("second")))
+        await asyncio.sleep(0)
+        again = asyncio.create_task(desk.enter(entry("second")))
+        await asyncio.wait({waiting}, timeout=1)
+        assert waiting.cancelled()
+        await desk.leave("first", Report())
+        await again
+        await desk.leave("second", Report())
+        assert (desk._open, desk._gates["tiny"].queue.at_work, desk._gates["tiny"].queue.waiting) == ({}, 0, 0)
+
+    within_seconds(work)
+
+
+def test_a_shadow_begins_at_once_or_never(desk: Desk) -> None:
+    async def work() -> None:
+        await desk.enter(entry("first"))
+        shadow = Entry("shadow", "gateway", None, "bot", within="first", is_shadow=True)
+        with pytest.raises(RequestError, match="no slot is free for a shadow"):
+            await desk.enter(shadow)
+        assert desk._gates["tiny"].queue.waiting == 0
+
+    within_seconds(work)
+
+
+def test_a_tenant_is_charged_what_its_request_took(desk: Desk) -> None:
+    async def work() -> None:
+        await desk.enter(entry("first"))
+        ticket = desk._open["first"].ticket
+        assert ticket is not None
+        assert ticket.cost == 1, "it did not say how long its answer may be"
+        line = desk._gates["tiny"].queue._lines[ticket.tenant]
+        before = line.tag
+        await desk.leave("first", Report(prompt_tokens=100, completion_tokens=900))
+        assert line.tag == before + 999
+
+    within_seconds(work)

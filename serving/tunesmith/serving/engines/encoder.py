@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -42,7 +43,8 @@ class EncoderEngine:
     ref: BaseRef
     settings: Base
     diary: Diary = field(default_factory=Diary)
-    _models: dict[str | None, nn.Module] = field(default_factory=dict)
+    _models: OrderedDict[str | None, nn.Module] = field(default_factory=OrderedDict)
+    _loading: dict[str, asyncio.Task[None]] = field(default_factory=dict)
 
     async def start(self) -> None:
         """Loads the base and its tokenizer.
@@ -63,7 +65,9 @@ class EncoderEngine:
             self._thread, weights.load_base, self.ref.path, self.settings, self._device, kind
         )
         self._models[None] = model
-        self._tokenizers = await loop.run_in_executor(self._thread, prompts.Tokenizers, self.ref.path)
+        self._tokenizers = await loop.run_in_executor(
+            self._thread, prompts.Tokenizers, self.ref.path, self.settings.max_cached_adapters
+        )
         context = self.ref.context_length or 2**20
         self._max_length = min(self.settings.max_length or context, context)
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
@@ -77,16 +81,24 @@ class EncoderEngine:
 
     async def tokenize(self, ask: Ask) -> list[int]:
         """See `Engine.tokenize`."""
-        return prompts.tokens_of(ask, self._tokenizers.of(ask.version), self._max_length, self._vocabulary)
+        return prompts.tokens_of(ask, await self._tokenizers.of(ask.version), self._max_length, self._vocabulary)
 
-    async def encode(self, prompts: list[str] | list[list[int]], version: Version | None) -> Encoded:
+    async def encode(self, texts: list[str] | list[list[int]], version: Version | None) -> Encoded:
         """See `Engine.encode`."""
-        nothing = Sampling(max_tokens=0)
-        rows = [await self.tokenize(Ask("", prompt, version, sampling=nothing)) for prompt in prompts]
+        tokenizer, loop = await self._tokenizers.of(version), asyncio.get_running_loop()
+
+        def tokenized() -> list[list[int]]:
+            asks = [Ask("", text, sampling=Sampling(max_tokens=0)) for text in texts]
+            return [prompts.tokens_of(ask, tokenizer, self._max_length, self._vocabulary) for ask in asks]
+
+        try:
+            rows = await loop.run_in_executor(self._thread, tokenized)
+        except RequestError as error:
+            raise RequestError(error.what, error.status, "input", error.code) from error
         if version is not None:
             await self.load(version)
         model = self._models[version.digest if version else None]
-        vectors = await asyncio.get_running_loop().run_in_executor(self._thread, self._encoded, model, rows)
+        vectors = await loop.run_in_executor(self._thread, self._encoded, model, rows)
         return Encoded(vectors, sum(map(len, rows)), self._labels)
 
     def _encoded(self, model: nn.Module, rows: list[list[int]]) -> list[list[float]]:
@@ -123,19 +135,24 @@ class EncoderEngine:
 
     async def load(self, version: Version) -> None:
         """See `Engine.load`."""
-        if version.digest not in self._models:
+        while version.digest not in self._models:
+            if version.digest not in self._loading:
+                self._loading[version.digest] = asyncio.create_task(self._load(version))
+            await asyncio.shield(self._loading[version.digest])
+        self._models.move_to_end(version.digest)
+
+    async def _load(self, version: Version) -> None:
+        try:
             self._models[version.digest] = await asyncio.get_running_loop().run_in_executor(
                 self._thread, weights.with_adapter, self._models[None], version, self._device
             )
             self.diary.loaded(version.digest)
-            for digest in [*self._models][1 : -self.settings.max_cached_adapters]:
-                await self.unload(str(digest))
-
-    async def unload(self, digest: str) -> None:
-        """See `Engine.unload`; who computes with it keeps it until the end."""
-        if self._models.pop(digest, None) is not None:
-            self.diary.evicted(digest)
-        self._tokenizers.forget(digest)
+            held = [digest for digest in self._models if digest is not None]
+            for digest in held[: -self.settings.max_cached_adapters]:  # who computes with one keeps it to the end
+                del self._models[digest]
+                self.diary.evicted(digest)
+        finally:
+            del self._loading[version.digest]
 
 
 def pool(hidden_BTD: Tensor, mask_BT: Tensor, how: str) -> Tensor:

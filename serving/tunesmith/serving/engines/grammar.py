@@ -27,7 +27,7 @@ class Grammar:
     @property
     def is_complete(self) -> bool:
         """Whether the answer fits as it is and can grow no further."""
-        return self._matcher.is_stopped()
+        return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def only_allowed(self, logits_V: Tensor) -> Tensor:
         """The logits, with minus infinity for every token after which no answer would fit any more."""
@@ -36,9 +36,13 @@ class Grammar:
         return logits_V.masked_fill(~allowed_V.to(logits_V.device), -torch.inf)
 
     def take(self, token: int) -> None:
-        """Goes on by the token that was drawn."""
-        taken = self._matcher.consume_token(token)
-        assert taken, f"token {token} was drawn and is not allowed: {self._matcher.get_error()}"
+        """Goes on by the token that was drawn.
+
+        Raises:
+            RequestError: the schema is more than the matcher can follow.
+        """
+        if not self._matcher.consume_token(token):
+            raise _refused(self._matcher.get_error())
 
     def copy(self) -> Grammar:
         """For another answer to the same request."""
@@ -54,7 +58,7 @@ class Grammars:
 
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary
-        self._tokenizers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+        self._tokenizers: WeakKeyDictionary[Any, dict[frozenset[int], Any]] = WeakKeyDictionary()
 
     def compiled(self, schema: dict[str, Any], tokenizer: Any, stops: frozenset[int]) -> Grammar:
         """The grammar of a schema; `{}` is any JSON object. Takes up to a second, the first of a tokenizer longer.
@@ -67,14 +71,14 @@ class Grammars:
         """
         from llguidance import LLMatcher, hf
 
-        if tokenizer not in self._tokenizers:
-            made = hf.from_tokenizer(tokenizer, n_vocab=self._vocabulary, eos_token=sorted(stops))
-            self._tokenizers[tokenizer] = made
+        by_stops = self._tokenizers.setdefault(tokenizer, {})
+        if stops not in by_stops:
+            by_stops[stops] = hf.from_tokenizer(tokenizer, n_vocab=self._vocabulary, eos_token=sorted(stops))
         try:
             text = LLMatcher.grammar_from_json_schema(schema or {"type": "object"}, overrides=FORM)
         except ValueError as error:
             raise _refused(str(error)) from error
-        matcher = LLMatcher(self._tokenizers[tokenizer], text, log_level=0)
+        matcher = LLMatcher(by_stops[stops], text, log_level=0)
         if matcher.is_error():
             raise _refused(matcher.get_error())
         return Grammar(matcher)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +13,33 @@ from tunesmith.serving.engines.protocol import Ask, Version
 
 
 class Tokenizers:
-    """The base's tokenizer and those of the versions, which carry the chat template of their training."""
+    """The base's tokenizer and those of the versions, which carry the chat template of their training.
 
-    def __init__(self, base_folder: str) -> None:
+    Args:
+        most: of versions that are kept, the least recently used leaving first.
+    """
+
+    def __init__(self, base_folder: str, most: int) -> None:
         from transformers import AutoTokenizer
 
         self.base: Any = AutoTokenizer.from_pretrained(base_folder)
-        self._of_versions: dict[str, Any] = {}
+        self._most = most
+        self._of_versions: OrderedDict[str, Any] = OrderedDict()
 
-    def of(self, version: Version | None) -> Any:
-        """The tokenizer that a version was trained with; the base's when it brings none."""
+    async def of(self, version: Version | None) -> Any:
+        """The tokenizer that a version was trained with; the base's when it brings none. Others go on while it loads."""
         if version is None or not (Path(version.folder) / "tokenizer_config.json").is_file():
             return self.base
-        if version.digest not in self._of_versions:
+        found = self._of_versions.get(version.digest)
+        if found is None:
             from transformers import AutoTokenizer
 
-            self._of_versions[version.digest] = AutoTokenizer.from_pretrained(version.folder)
-        return self._of_versions[version.digest]
-
-    def forget(self, digest: str) -> None:
-        """Lets a version's tokenizer go."""
-        self._of_versions.pop(digest, None)
+            loaded = await asyncio.to_thread(AutoTokenizer.from_pretrained, version.folder)
+            found = self._of_versions.setdefault(version.digest, loaded)
+        self._of_versions.move_to_end(version.digest)
+        if len(self._of_versions) > self._most:
+            self._of_versions.popitem(last=False)
+        return found
 
 
 def tokens_of(ask: Ask, tokenizer: Any, max_length: int, vocabulary: int) -> list[int]:

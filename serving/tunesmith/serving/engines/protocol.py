@@ -105,7 +105,6 @@ class Piece:
         prompt_tokens: of the prompt, in every piece.
         prompt: the prompt's tokens with their log-probabilities, in the first piece of an answer when asked for.
         logprobs: of the new tokens, when asked for.
-        prompt_text: the prompt as text, in the first piece when its log-probabilities were asked for.
     """
 
     index: int
@@ -153,8 +152,8 @@ class Engine(Protocol):
         """
         ...
 
-    async def encode(self, prompts: list[str] | list[list[int]], version: Version | None) -> Encoded:
-        """A vector for each prompt.
+    async def encode(self, texts: list[str] | list[list[int]], version: Version | None) -> Encoded:
+        """A vector for each text, or list of token ids.
 
         Raises:
             RequestError: a prompt does not fit, or this base writes text.
@@ -167,8 +166,4 @@ class Engine(Protocol):
         Raises:
             AdapterError: the engine cannot serve it.
         """
-        ...
-
-    async def unload(self, digest: str) -> None:
-        """Lets a version go once its last request has ended; unknown ones are ignored."""
         ...

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from tunesmith.serving.engines.protocol import Sampling
 
+COLDEST = 1e-4
+"""Below it logits would become infinite; it draws the likeliest token already."""
+
 
 class Drawer:
     """Draws the tokens of one answer.
@@ -55,7 +58,7 @@ class Drawer:
         sampling = self._sampling
         if self._generator is None:
             return int(logits_V.argmax())
-        sorted_V, order_V = logits_V.cpu().div(sampling.temperature).sort(descending=True, stable=True)
+        sorted_V, order_V = logits_V.cpu().div(max(sampling.temperature, COLDEST)).sort(descending=True, stable=True)
         probabilities_V = sorted_V.softmax(-1)
         if sampling.top_k:
             probabilities_V[sampling.top_k :] = 0

@@ -29,7 +29,7 @@ class TextStream:
     def add(self, token: int) -> str:
         """New text that no stop string can begin in any more; sets `is_stopped` once one was found."""
         self._tokens.append(token)
-        self._decoded += self._decoder.step(self._tokenizer, token) or ""
+        self._decoded += self._step(token)
         found = [at for word in self._stop if (at := self._decoded.find(word, max(0, self._sent - len(word)))) >= 0]
         if found:
             self.is_stopped = True
@@ -45,6 +45,16 @@ class TextStream:
         if whole.startswith(self._decoded):
             self._decoded = whole
         return self._take(len(self._decoded))
+
+    def _step(self, token: int) -> str:
+        try:
+            return self._decoder.step(self._tokenizer, token) or ""
+        except Exception as error:
+            if "Invalid prefix" not in str(error):
+                raise
+            # the library loses its place over some sequences of special tokens and broken characters
+            self._decoder = DecodeStream(skip_special_tokens=True)
+            return self._decoder.step(self._tokenizer, token) or ""
 
     def _take(self, end: int) -> str:
         text = self._decoded[self._sent : end]

@@ -62,7 +62,19 @@ class Row:
         return self.finish is not None or self.is_cancelled
 
     def take(self, logits_V: Tensor) -> int:
-        """Draws the next token from fp32 logits and emits what it adds."""
+        """Draws the next token from fp32 logits and emits what it adds. What fails ends this row, and not its neighbours."""
+        try:
+            return self._take(logits_V)
+        except Exception as error:  # noqa: BLE001 - its client is told
+            self.fail(error)
+            return 0
+
+    def fail(self, error: Exception) -> None:
+        """Ends the row with an error."""
+        self.is_cancelled = True
+        self.emit(error)
+
+    def _take(self, logits_V: Tensor) -> int:
         token = self.drawer.draw(logits_V if self.grammar is None else self.grammar.only_allowed(logits_V))
         self.drawn.append(token)
         if self.grammar is not None:
@@ -138,7 +150,9 @@ class TransformersEngine:
         loop = asyncio.get_running_loop()
         base = await loop.run_in_executor(self._loader, weights.load_base, self.ref.path, self.settings, self._device)
         self._models[None] = Loaded(base)
-        self._tokenizers = await loop.run_in_executor(self._loader, prompts.Tokenizers, self.ref.path)
+        self._tokenizers = await loop.run_in_executor(
+            self._loader, prompts.Tokenizers, self.ref.path, self.settings.max_cached_adapters
+        )
         context = self.ref.context_length or 2**20
         self._max_length = min(self.settings.max_length or context, context)
         self._vocabulary = int(base.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
@@ -146,15 +160,16 @@ class TransformersEngine:
 
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """See `Engine.generate`."""
+        tokenizer, grammar = await self._tokenizers.of(ask.version), await self._grammar(ask)
         if ask.version is not None:
-            await self.load(ask.version)
+            await self.load(ask.version)  # nothing may be waited for from here until its users are counted
         pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def emit(piece: Piece | BaseException) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        rows = self._rows(ask, emit, await self._grammar(ask))
+        rows = self._rows(ask, tokenizer, emit, grammar)
         loaded = self._loaded(ask.version)
         loaded.users += len(rows)
         try:
@@ -180,13 +195,14 @@ class TransformersEngine:
     async def _grammar(self, ask: Ask) -> Grammar | None:
         if ask.sampling.schema is None:
             return None
-        tokenizer = self._tokenizers.of(ask.version)
+        tokenizer = await self._tokenizers.of(ask.version)
         stops = prompts.stop_tokens(self.ref.path, ask.version, tokenizer)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(None, self._grammars.compiled, ask.sampling.schema, tokenizer, stops)
 
-    def _rows(self, ask: Ask, emit: Callable[[Piece | BaseException], None], grammar: Grammar | None) -> list[Row]:
-        tokenizer = self._tokenizers.of(ask.version)
+    def _rows(
+        self, ask: Ask, tokenizer: Any, emit: Callable[[Piece | BaseException], None], grammar: Grammar | None
+    ) -> list[Row]:
         tokens = prompts.tokens_of(ask, tokenizer, self._max_length, self._vocabulary)
         room = self._max_length - len(tokens)
         wanted = ask.sampling.max_tokens
@@ -201,21 +217,20 @@ class TransformersEngine:
 
     async def tokenize(self, ask: Ask) -> list[int]:
         """See `Engine.tokenize`."""
-        return prompts.tokens_of(ask, self._tokenizers.of(ask.version), self._max_length, self._vocabulary)
+        return prompts.tokens_of(ask, await self._tokenizers.of(ask.version), self._max_length, self._vocabulary)
 
-    async def encode(self, prompts: list[str] | list[list[int]], version: Version | None) -> Encoded:
+    async def encode(self, texts: list[str] | list[list[int]], version: Version | None) -> Encoded:
         """See `Engine.encode`; a causal language model writes text."""
         raise RequestError(f"{self.name} writes text; it gives neither embeddings nor classes", 404, param="model")
 
     async def load(self, version: Version) -> None:
         """See `Engine.load`. Two requests for one version load it once."""
         digest = version.digest
-        if digest in self._models:
-            self._models.move_to_end(digest)
-            return
-        if digest not in self._loading:
-            self._loading[digest] = asyncio.create_task(self._load(version))
-        await asyncio.shield(self._loading[digest])
+        while digest not in self._models:  # it may have left again before this wakes up
+            if digest not in self._loading:
+                self._loading[digest] = asyncio.create_task(self._load(version))
+            await asyncio.shield(self._loading[digest])
+        self._models.move_to_end(digest)
 
     async def _load(self, version: Version) -> None:
         try:
@@ -228,21 +243,11 @@ class TransformersEngine:
         finally:
             del self._loading[version.digest]
 
-    async def unload(self, digest: str) -> None:
-        """See `Engine.unload`."""
-        loaded = self._models.get(digest)
-        while loaded is not None and loaded.users:
-            await asyncio.sleep(0.05)
-        if self._models.pop(digest, None) is not None:
-            self.diary.evicted(digest)
-        self._tokenizers.forget(digest)
-
     def _trim(self, keep: str | None = None) -> None:
         """Lets the least recently used versions go, but never one that is in use."""
         idle = [digest for digest, loaded in self._models.items() if digest not in (None, keep) and not loaded.users]
         for digest in idle[: max(0, len(self._models) - 1 - self.settings.max_cached_adapters)]:
             del self._models[digest]
-            self._tokenizers.forget(str(digest))
             self.diary.evicted(str(digest))
 
     def _next(self) -> None:
@@ -280,9 +285,12 @@ def run_batch(model: Any, rows: list[Row], device: torch.device) -> None:
     """Writes all answers of a batch to their ends. An error ends each of its rows with it."""
     try:
         with torch.inference_mode():
+            of_prompts: dict[int, tuple[TokenLogprob, ...]] = {}
             for row in rows:
                 if row.ask.sampling.prompt_logprobs is not None:
-                    row.first = prompt_logprobs(model, row, device)
+                    if id(row.ask) not in of_prompts:  # all answers to one prompt have the same
+                        of_prompts[id(row.ask)] = prompt_logprobs(model, row, device)
+                    row.first = of_prompts[id(row.ask)]
             for row in rows:
                 if row.room <= 0:
                     row.end_without_answer()
@@ -292,7 +300,7 @@ def run_batch(model: Any, rows: list[Row], device: torch.device) -> None:
     except Exception as error:  # noqa: BLE001 - whatever ends the batch ends its rows, which say so to their clients
         for row in rows:
             if not row.is_over:
-                row.emit(error)
+                row.fail(error)
 
 
 def _generate(model: Any, rows: list[Row], device: torch.device) -> None:
@@ -341,14 +349,14 @@ class _Over(StoppingCriteria):
 def prompt_logprobs(model: Any, row: Row, device: torch.device) -> tuple[TokenLogprob, ...]:
     """The prompt's tokens, each with its log-probability after those before it."""
     ids_T = torch.tensor(row.tokens, device=device)
-    logits_TV = model(input_ids=ids_T[None]).logits[0, -len(row.tokens) :].float()
+    logits_TV = model(input_ids=ids_T[None]).logits[0, -len(row.tokens) :]
     wanted = row.ask.sampling.prompt_logprobs or 0
     text, raw = spelled(row.tokens[0], row.tokenizer)
     first = TokenLogprob(row.tokens[0], text, None, raw)
     return (
         first,
         *(
-            logprob_of(token, logits_TV[t].log_softmax(-1), wanted, row.tokenizer)
+            logprob_of(token, logits_TV[t].float().log_softmax(-1), wanted, row.tokenizer)
             for t, token in enumerate(row.tokens[1:])
         ),
     )

@@ -6,6 +6,7 @@ and its cached prefixes are never another's.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
@@ -48,9 +49,9 @@ class VllmEngine:
     settings: Base
     diary: Diary = field(default_factory=Diary)
     _ids: dict[str, int] = field(default_factory=dict)
-    _users: dict[str, int] = field(default_factory=dict)
     _held: set[int] = field(default_factory=set)
     _last_id: int = 0
+    _adding: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def start(self) -> None:
         """Loads the base."""
@@ -80,13 +81,13 @@ class VllmEngine:
             enable_log_requests=False,
         )
         self._engine = AsyncLLM.from_engine_args(arguments)
-        self._tokenizers = prompts.Tokenizers(self.ref.path)
+        self._tokenizers = prompts.Tokenizers(self.ref.path, settings.max_cached_adapters)
         self._max_length = int(self._engine.model_config.max_model_len)
         self._vocabulary = int(self._engine.model_config.get_vocab_size())
 
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """See `Engine.generate`."""
-        tokenizer = self._tokenizers.of(ask.version)
+        tokenizer = await self._tokenizers.of(ask.version)
         tokens = prompts.tokens_of(ask, tokenizer, self._max_length, self._vocabulary)
         if ask.sampling.max_tokens == 0 and ask.sampling.prompt_logprobs is None:
             for index in range(ask.n):
@@ -94,8 +95,6 @@ class VllmEngine:
             return
         adapter = await self._adapter(ask.version)
         stops = prompts.stop_tokens(self.ref.path, ask.version, tokenizer)
-        digest = ask.version.digest if ask.version else ""
-        self._users[digest] = self._users.get(digest, 0) + 1
         outputs = self._engine.generate(
             TokensPrompt(prompt_token_ids=tokens), _parameters(ask, stops), ask.id, lora_request=adapter
         )
@@ -114,30 +113,18 @@ class VllmEngine:
             raise RequestError("the engine has died and is being restarted", 503, retry_after=10) from error
         finally:
             await outputs.aclose()  # gives the slot back at once when the client has left
-            self._users[digest] -= 1
 
     async def tokenize(self, ask: Ask) -> list[int]:
         """See `Engine.tokenize`."""
-        return prompts.tokens_of(ask, self._tokenizers.of(ask.version), self._max_length, self._vocabulary)
+        return prompts.tokens_of(ask, await self._tokenizers.of(ask.version), self._max_length, self._vocabulary)
 
-    async def encode(self, prompts: list[str] | list[list[int]], version: Version | None) -> Encoded:
+    async def encode(self, texts: list[str] | list[list[int]], version: Version | None) -> Encoded:
         """See `Engine.encode`; a causal language model writes text."""
         raise RequestError(f"{self.name} writes text; it gives neither embeddings nor classes", 404, param="model")
 
     async def load(self, version: Version) -> None:
         """See `Engine.load`."""
         await self._adapter(version)
-
-    async def unload(self, digest: str) -> None:
-        """See `Engine.unload`; vLLM itself puts out what is used least, so an id in use may simply stay."""
-        if self._users.get(digest):
-            return
-        number = self._ids.pop(digest, None)
-        self._tokenizers.forget(digest)
-        if number is not None:
-            await self._engine.remove_lora(number)
-            self._held.discard(number)
-            self.diary.evicted(digest)
 
     async def check_health(self) -> None:
         """Raises when vLLM's process has died."""
@@ -160,21 +147,18 @@ class VllmEngine:
     async def _adapter(self, version: Version | None) -> LoRARequest | None:
         if version is None:
             return None
-        is_new = version.digest not in self._ids
-        if is_new:
-            self._last_id += 1
-        number = self._ids.setdefault(version.digest, self._last_id)
-        request = LoRARequest(version.digest, number, version.folder)
-        if is_new:
-            refuse_unsupported(version, self.settings.max_rank)
-            try:
-                await self._engine.add_lora(request)
-            except Exception as error:
-                del self._ids[version.digest]
-                reason = " ".join(str(error).split())[:300]
-                raise AdapterError(f"version {version.digest[:12]}: vLLM cannot load it: {reason}") from error
-            await self._note_moves()
-        return request
+        async with self._adding:  # an id is given to what vLLM has loaded alone: any other would end its process
+            if version.digest not in self._ids:
+                refuse_unsupported(version, self.settings.max_rank)
+                self._last_id += 1
+                try:
+                    await self._engine.add_lora(LoRARequest(version.digest, self._last_id, version.folder))
+                except Exception as error:
+                    reason = " ".join(str(error).split())[:300]
+                    raise AdapterError(f"version {version.digest[:12]}: vLLM cannot load it: {reason}") from error
+                self._ids[version.digest] = self._last_id
+                await self._note_moves()
+        return LoRARequest(version.digest, self._ids[version.digest], version.folder)
 
 
 def refuse_unsupported(version: Version, max_rank: int) -> None:

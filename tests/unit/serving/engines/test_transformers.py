@@ -18,6 +18,7 @@ from tunesmith.cluster.errors import RequestError
 from tunesmith.cluster.sketch import PARTS, answers_in
 from tunesmith.serving.config import Base
 from tunesmith.serving.engines.protocol import Ask, Piece, Sampling, Version
+from tunesmith.serving.engines.sampling import Drawer
 from tunesmith.serving.engines.transformers import TransformersEngine
 
 PROMPT = [5, 9, 30, 31, 32, 40]
@@ -142,6 +143,31 @@ def test_a_seed_gives_the_same_answers_whoever_shares_the_batch(tiny_base: Path)
     assert all(ids_of(other) == ids_of(first) for other in others)
     another = with_engine(tiny_base, lambda engine: all_of(engine.generate(ask(None, 12, temperature=1.0, seed=8))))
     assert ids_of(another) != ids_of(first)
+
+
+def test_a_row_that_fails_ends_alone(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = Drawer.draw
+
+    def broken(drawer: Drawer, logits_V: torch.Tensor) -> int:
+        if drawer._sampling.seed == 13:
+            raise ValueError("no luck")
+        return draw(drawer, logits_V)
+
+    monkeypatch.setattr(Drawer, "draw", broken)
+
+    async def work(engine: TransformersEngine) -> list[Any]:
+        asks = [ask(None, name=f"{seed}", seed=seed) for seed in (12, 13, 14)]
+        return await asyncio.gather(*(all_of(engine.generate(one)) for one in asks), return_exceptions=True)
+
+    first, failed, last = with_engine(tiny_base, work)
+    assert isinstance(failed, ValueError)
+    assert ids_of(first) == ids_of(last) == greedy(plain_peft(tiny_base, None), PROMPT, 8)
+
+
+def test_the_coldest_temperature_draws_the_likeliest(tiny_base: Path) -> None:
+    cold = ask(None, temperature=1e-40, seed=1)
+    pieces = with_engine(tiny_base, lambda engine: all_of(engine.generate(cold)))
+    assert ids_of(pieces) == greedy(plain_peft(tiny_base, None), PROMPT, 8)
 
 
 def test_several_answers_of_one_request_differ_and_all_end(tiny_base: Path) -> None:
