@@ -337,6 +337,7 @@ def test_what_only_a_worker_can_see_ends_the_run_too_and_leaves_none(good: Recip
     assert not (here / "runs" / "bad").exists()
 
 
+@pytest.mark.matrix
 def test_a_second_command_is_refused_while_the_first_trains(good: Recipe, here: Path):
     recipe = small_runs.write_recipe(here, with_changes(good, {"train.max_steps": 2000}, here))
     first = Command(recipe)

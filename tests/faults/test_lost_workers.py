@@ -129,6 +129,7 @@ def test_sigterm_saves_one_step_on_all_workers_and_the_next_command_goes_on_exac
     assert_the_same_run(run, unbroken)
 
 
+@pytest.mark.matrix
 def test_a_damaged_checkpoint_is_named_to_the_user_and_the_run_is_the_unbroken_one(
     bench: Bench, unbroken: Path, start: Callable[..., Command]
 ):

@@ -42,6 +42,7 @@ def _train_over_int8(folder: Path) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.matrix
 def test_adapters_over_int8_agree_between_stages(folder: Path) -> None:
     run_workers(2, _train_over_int8, folder)
     for kind in ("lora", "ia3"):

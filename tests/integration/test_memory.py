@@ -97,6 +97,7 @@ def _train_measured_and_not(folder: Path) -> None:
         assert _get_current_dispatch_mode_stack() == []
 
 
+@pytest.mark.matrix
 def test_measuring_changes_no_loss(tmp_path: Path) -> None:
     prepare(tmp_path)
     run_workers(WORKERS, _train_measured_and_not, tmp_path)

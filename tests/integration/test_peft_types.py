@@ -129,6 +129,7 @@ def _stop_and_go_on(folder: Path, stages: list[int]) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.matrix
 def test_a_resumed_run_is_the_same_run(folder: Path) -> None:
     run_workers(2, _stop_and_go_on, folder, [2, 3])
     for stage in (2, 3):

@@ -212,7 +212,8 @@ class PackedLora(PunicaWrapperCPU):
         """As vLLM's. It is called for every step, though hardly an adapter changes the head."""
         assert scale == 1.0, scale
         self._sampled = self._sampled or tokens_of(self.sampler_indices)
-        packed = self._packed_layer((lora_a_stacked,), (lora_b_stacked,), (y.shape[-1],))
+        width = min(y.shape[-1], lora_b_stacked.shape[2])  # either may be padded
+        packed = self._packed_layer((lora_a_stacked,), (lora_b_stacked,), (width,))
         add_lora(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), packed, self._sampled)
 
     def add_lora_embedding(

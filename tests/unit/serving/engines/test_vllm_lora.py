@@ -74,7 +74,8 @@ def test_a_row_of_zeros_within_an_adapter_is_a_row_of_its_rank() -> None:
     assert packed.layout == (4, 4, 4)
 
 
-def test_the_head_and_the_embeddings_change_for_the_adapters_alone_that_change_them() -> None:
+@pytest.mark.parametrize("padding", [0, 8, 24])
+def test_the_head_and_the_embeddings_change_for_the_adapters_alone_that_change_them(padding: int) -> None:
     torch.manual_seed(0)
     wrapper = vllm_lora.PackedLora(32, 8, "cpu")
     slots, vocabulary = [0, -1, 1, 2], 40
@@ -82,10 +83,11 @@ def test_the_head_and_the_embeddings_change_for_the_adapters_alone_that_change_t
     a[1], b[1] = 0, 0
     wrapper._ids = (1, 2, 3)
     wrapper._sampled = wrapper._tokens = vllm_lora.tokens_of(torch.tensor(slots))
-    x, y = torch.randn(4, WIDTH), torch.randn(4, vocabulary)
+    x, y = torch.randn(4, WIDTH), torch.randn(4, vocabulary + padding)
     expected, made = y.clone(), y.clone()
+    width = min(vocabulary + padding, vocabulary + 8)
     for t in (0, 3):
-        expected[t] += x[t] @ a[slots[t], 0].T @ b[slots[t], 0, :vocabulary].T
+        expected[t, :width] += x[t] @ a[slots[t], 0].T @ b[slots[t], 0, :width].T
     wrapper.add_lora_logits(made, x, a, b, 1.0)
     torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-5)
     looked_up, y = torch.randn(4, LARGEST), torch.randn(4, vocabulary + 8)
