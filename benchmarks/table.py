@@ -9,7 +9,7 @@ from typing import Any
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-ORDER = ("sft_throughput", "label_head", "startup", "checkpoint_stall", "mixed_lora", "serving")
+ORDER = ("sft_throughput", "label_head", "startup", "checkpoint_stall", "mixed_lora")
 
 COMPARISONS = """\
 | | against | Tunesmith | the other | ratio | aim |
