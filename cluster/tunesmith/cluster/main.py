@@ -181,6 +181,28 @@ def train(
 
 
 @app.command()
+def sweep(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Search a recipe's `tune` section, and write the winner as a recipe and a model. The same command goes on."""
+    from dataclasses import asdict
+
+    from tunesmith.cluster.console import print_json, say, stderr
+    from tunesmith.cluster.progress import Display
+    from tunesmith.cluster.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    with Display(stderr()) as display:
+        from tunesmith.tuning import sweep as search
+
+        result = search.run(loaded, display, stderr())
+    if as_json:
+        print_json(asdict(result))
+        return
+    from tunesmith.tuning.closing import summary
+
+    say(stderr(), summary(result))
+
+
+@app.command()
 def quickstart(
     folder: Annotated[Path, typer.Option("--dir", help="Where the runs go.")] = Path("quickstart"),
     serve: Annotated[bool, typer.Option(help="Serve the adapter at the end and ask it something.")] = True,

@@ -84,17 +84,18 @@ def require_resources(need: Need, have: Sequence[Node]) -> None:
                 f"{where} {verb} {_number(sum(amounts))}",
                 _advice(kind, need, amounts),
             )
-    fitting = sum(_fit_on(node, need) for node in have)
-    if fitting < need.workers:
+    together = sum(fitting(node, need) for node in have)
+    if together < need.workers:
         each = " + ".join(f"{_number(amount)} {_unit(kind, amount)}" for kind, amount, _ in kinds if amount > 0)
-        nodes = "; ".join(f"{node.name}: {_fit_on(node, need)}" for node in have)
+        nodes = "; ".join(f"{node.name}: {fitting(node, need)}" for node in have)
         raise ResourceError(
-            f"{need.workers} workers of {each} each, and a worker is whole on one node: only {fitting} fit ({nodes})",
-            f"Use cluster.workers: {fitting}." if fitting else "Ask for less per worker.",
+            f"{need.workers} workers of {each} each, and a worker is whole on one node: only {together} fit ({nodes})",
+            f"Use cluster.workers: {together}." if together else "Ask for less per worker.",
         )
 
 
-def _fit_on(node: Node, need: Need) -> int:
+def fitting(node: Node, need: Need) -> int:
+    """Workers that fit a node at once."""
     pairs = ((node.cpus, need.cpus), (node.gpus, need.gpus), (node.memory_gib, need.memory_gib))
     return int(min((has + 1e-9) // each for has, each in pairs if each > 0 and not math.isinf(has)))
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -42,7 +41,7 @@ from tunesmith.trainers.policy import score
 from tunesmith.trainers.ranks import gather, on_first
 from tunesmith.trainers.receipts.mask import write_mask_receipt
 from tunesmith.trainers.receipts.plan import write_plan_receipt
-from tunesmith.trainers.schedule import Schedule
+from tunesmith.trainers.schedule import Schedule, dropout_seed
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -303,7 +302,7 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, index: int, micro: int, token_share: float) -> tuple[torch.Tensor, bool]:
         """Losses [2] of a micro-batch as shares of the step's loss, and whether they and their gradients are finite."""
-        torch.manual_seed(_dropout_seed(self.recipe.train.seed, index, micro, self.rank))
+        torch.manual_seed(dropout_seed(self.recipe.train.seed, index, micro, self.rank))
         logps, aux_loss = score(self.engine, batch)
         loss, _ = self.objective(logps, batch)
         router_loss = torch.zeros((), device=self.device)
@@ -392,8 +391,3 @@ def train(job: TrainJob, report: Report) -> Outcome:
         TunesmithError: the run cannot go on.
     """
     return Trainer(job, report).run()
-
-
-def _dropout_seed(*numbers: int) -> int:
-    """A seed of its own for every micro-batch, so that dropout needs no state in a checkpoint."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

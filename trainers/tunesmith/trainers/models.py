@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["BaseRef", "build", "check_adaptation", "load_tokenizer", "quantization_config", "resolve_base", "skeleton"]
+__all__ = [
+    "BaseRef",
+    "build",
+    "check_adaptation",
+    "load_frozen",
+    "load_tokenizer",
+    "quantization_config",
+    "resolve_base",
+    "skeleton",
+]
 
 
 def load_tokenizer(base: BaseRef) -> PreTrainedTokenizerBase:
@@ -133,6 +142,17 @@ def build(
         return adapt(model, recipe, base=base.loadable, revision=base.revision, dtype=dtype)
 
 
+def load_frozen(recipe: Recipe, base: BaseRef, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """The whole base on one device with nothing to train, for adapters that are not PEFT's own.
+
+    Raises:
+        ModelError: as `build`.
+    """
+    model = _load(recipe, base, device, dtype, is_sharded=False).requires_grad_(False)
+    _checkpoint_activations(model, recipe)
+    return model
+
+
 def adapt(
     model: Any, recipe: Recipe, *, base: str, revision: str | None, dtype: torch.dtype, for_training: bool = True
 ) -> nn.Module:
@@ -156,10 +176,14 @@ def adapt(
     else:
         adapted = full.adapt(model, spec)
     moe.make_leaves(adapted)
+    _checkpoint_activations(model, recipe)
+    return adapted
+
+
+def _checkpoint_activations(model: Any, recipe: Recipe) -> None:
     if recipe.train.gradient_checkpointing:
         # not the re-entrant kind: it loses the router's gradient and needs inputs that require one
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return adapted
 
 
 def quantization_config(kind: str | None, dtype: torch.dtype) -> Any:

@@ -1,10 +1,12 @@
-"""The learning rate as a pure function of the step, so that a resumed run needs no scheduler state."""
+"""The learning rate and the dropout of a step as pure functions of its number, so that a resumed run needs no state of them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from tunesmith.cluster.recipe.schema import Train
 
@@ -42,3 +44,8 @@ class Schedule:
         if self.kind == "linear":
             return self.peak * max(0.0, 1.0 - progress)
         return self.peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def dropout_seed(*numbers: int) -> int:
+    """A seed of its own for every micro-batch, so that dropout needs no state in a checkpoint."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -43,7 +43,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             pickled before this process has its log.
     """
     run, rank = RunFolder(Path(settings["run"])), int(os.environ["RANK"])
-    _log_to(log_file(run))
+    log_to(log_file(run))
     write_presence(run, settings["attempt"], rank)
     ending = run.outcome(settings["attempt"])
     try:
@@ -123,7 +123,7 @@ def presence_file(run: RunFolder, rank: int) -> Path:
     return run.stop_file.with_name(f"rank-{rank}.json")
 
 
-def _log_to(path: Path) -> None:
+def log_to(path: Path) -> None:
     """Sends this process's output, native libraries' included, to the end of the run's log."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -19,7 +19,7 @@ Document = TypeVar("Document", bound=Section)
 
 
 def checked(
-    root: type[Document], tree: dict[str, Any], origins: dict[KeyPath, str], path: Path, error: type[UsageError]
+    root: type[Document], tree: dict[str, Any], origins: dict[KeyPath, str], path: Path | str, error: type[UsageError]
 ) -> Document:
     """The document that a tree of plain values says.
 
@@ -151,7 +151,7 @@ class _Reader(NamedTuple):
         near = near or [field for field in fields if key in (_initials(field), *field.split("_")) or f"_{key}" in field]
         if near:
             return f"; did you mean {' or '.join(near)}?"
-        elsewhere = [place for place in _all_keys(self.root) if place.rpartition(".")[2] == key]
+        elsewhere = [place for place in all_keys(self.root) if place.rpartition(".")[2] == key]
         return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; the keys here are {', '.join(fields)}"
 
 
@@ -185,10 +185,11 @@ def _initials(key: str) -> str:
     return "".join(word[0] for word in key.split("_"))
 
 
-def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key that a document of this section may have."""
     keys: list[str] = []
     for name, info in section.model_fields.items():
         keys.append(prefix + name)
         for nested in _section_classes(info.annotation):
-            keys += _all_keys(cast(type[BaseModel], nested), f"{prefix}{name}.")
+            keys += all_keys(cast(type[BaseModel], nested), f"{prefix}{name}.")
     return keys

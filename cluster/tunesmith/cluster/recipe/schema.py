@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from tunesmith.cluster.recipe.section import Section
+from tunesmith.cluster.recipe.tune import Tune
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -320,6 +321,8 @@ class Recipe(Section):
     """What is measured."""
     output: Output = Output()
     """Where it goes."""
+    tune: Tune | None = None
+    """What `tunesmith sweep` searches."""
 
     @field_validator("objective", "adaptation", mode="before")
     @classmethod

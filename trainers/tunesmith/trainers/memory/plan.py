@@ -106,7 +106,7 @@ def make_plan(
         PlanError: it cannot be simulated: it looks at numbers that only a real run has.
     """
     planner = Planner(model, fleet, as_hf, max_length, alone)
-    with quiet_libraries(), _simulated(model):
+    with quiet_libraries(), simulated(model):
         try:
             begin_ahead(planner, changed(recipe, settled or {}))
             choice = choose(planner, recipe, settled)
@@ -138,7 +138,7 @@ def make_plan(
 
 
 @contextmanager
-def _simulated(model: Geometry) -> Iterator[None]:
+def simulated(model: Geometry) -> Iterator[None]:
     """What a model's own code raises on fake tensors, as our error: nobody can foresee what it asks of them."""
     try:
         yield

@@ -1,0 +1,1 @@
+"""LoRA trials that train side by side on one frozen base."""

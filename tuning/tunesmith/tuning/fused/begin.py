@@ -1,0 +1,49 @@
+"""An adapter's first weights, from PEFT itself: those that the same trial alone would begin with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith.cluster.base import BaseRef
+from tunesmith.cluster.recipe.schema import Lora, Recipe
+from tunesmith.trainers import models
+from tunesmith.trainers.adaptations import lora
+from tunesmith.tuning.fused.lanes import Layout
+from tunesmith.tuning.fused.trial import Adapter
+
+A, B = "lora_A.default.weight", "lora_B.default.weight"
+
+
+def as_peft(recipe: Recipe, base: BaseRef, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The trial's model as PEFT builds it, around a base without weights; the adapter has its first ones."""
+    spec = recipe.adaptation
+    assert isinstance(spec, Lora), f"{spec.kind} is not trained side by side"
+    model: Any = _hollow(models.skeleton(base))
+    seed = recipe.train.seed
+    return lora.adapt(model, spec, base=base.loadable, revision=base.revision, seed=seed, dtype=dtype)
+
+
+def begin(layout: Layout, recipe: Recipe, base: BaseRef, device: torch.device) -> Adapter:
+    """A new adapter for this trial."""
+    adapter = Adapter(layout, recipe, device)
+    weights = dict(as_peft(recipe, base).named_parameters())
+    for name in layout.spans:
+        first, second = (f"base_model.model.{name}.{matrix}" for matrix in (A, B))
+        if first in weights:  # else the trial does not adapt this layer, and zeros get no gradient
+            a_RD, b_OR = adapter.matrices(name)
+            a_RD.copy_(weights[first].detach())
+            b_OR.copy_(weights[second].detach())
+    return adapter
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """Gives every weight of a skeleton its shape on the CPU, and one number's memory: PEFT makes an adapter where its
+    layer is, and one on the meta device would have no first weights."""
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            number = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+            setattr(module, name, nn.Parameter(number, requires_grad=False))
+    return model

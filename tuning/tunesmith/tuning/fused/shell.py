@@ -1,0 +1,59 @@
+"""The actor around a shared worker. It can be pickled and restarted without torch in the process that makes it."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tunesmith.tuning.fused.worker import Ready, Worker
+
+
+class Shell:
+    """A worker that loads itself when it is first asked for something, and again after a restart.
+
+    Args:
+        settings: fields of `tunesmith.tuning.fused.worker.Settings`.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._worker: Worker | None = None
+        self._ready: Ready | None = None
+
+    def start(self) -> Ready:
+        """Loads the base, once."""
+        with self._lock:
+            if self._ready is None:
+                from tunesmith.tuning.fused.worker import Settings, Worker
+
+                self._worker = Worker(Settings(**self._settings))
+                self._ready = self._worker.start()
+            return self._ready
+
+    def open(self, *arguments: Any) -> None:
+        """See `Worker.open`."""
+        self.start()
+        assert self._worker is not None
+        self._worker.open(*arguments)
+
+    def next(self, key: str) -> dict[str, Any]:
+        """See `Worker.next`."""
+        assert self._worker is not None, "the worker was restarted: open the trial again"
+        return self._worker.next(key)
+
+    def export(self, *arguments: Any) -> str:
+        """See `Worker.export`."""
+        self.start()
+        assert self._worker is not None
+        return self._worker.export(*arguments)
+
+    def close(self, key: str) -> None:
+        """See `Worker.close`."""
+        if self._worker is not None:
+            self._worker.close(key)
+
+    def load(self) -> int:
+        """See `Worker.load`."""
+        return 0 if self._worker is None else self._worker.load()

@@ -1,0 +1,351 @@
+"""The process that holds a base and trains the trials that are brought to it, until each has something to report.
+
+A trial works from one report to the next and then waits for its caller, who may send it on, replace it or take it away;
+the others go on meanwhile. Calls come from many threads, the work is done by one.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith.cluster.base import BaseRef
+from tunesmith.cluster.errors import ModelError, NonFiniteError, ResourceError, TunesmithError
+from tunesmith.cluster.metrics import MetricsLog
+from tunesmith.cluster.recipe.schema import Recipe
+from tunesmith.cluster.resources import Need, Node
+from tunesmith.cluster.runs import RunFolder
+from tunesmith.trainers import models, zero
+from tunesmith.trainers.adaptations import lora
+from tunesmith.trainers.data.prepare import open_prepared
+from tunesmith.trainers.figures import memory_gib
+from tunesmith.trainers.worker import log_to
+from tunesmith.tuning.feasible import side_by_side, why_not
+from tunesmith.tuning.fused import states
+from tunesmith.tuning.fused.begin import begin
+from tunesmith.tuning.fused.export import export
+from tunesmith.tuning.fused.group import Group
+from tunesmith.tuning.fused.lanes import bucket_of
+from tunesmith.tuning.fused.trial import Trial
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+STATES = "states"
+"""Where a run's states lie."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a worker is given; plain data, so that it pickles without torch.
+
+    Attributes:
+        recipe: keys of the sweep's recipe.
+        base: the base they share.
+        cache: folder of tokenised data sets.
+        data: fingerprint of the data set in it.
+        targets: every `target_modules` that a trial may have.
+        ranks: every rank that a trial may have; the two ends, where it is a range.
+        length: tokens of a lane.
+        lanes: most lanes that are wanted.
+        seeds: lanes that one trial takes.
+        nodes: the machines, for the planner.
+        threads: CPU threads; None leaves torch's own choice.
+        log: where its output goes.
+        keeps_all: whether all states of a trial are kept, for others to take.
+    """
+
+    recipe: dict[str, Any]
+    base: dict[str, Any]
+    cache: Path
+    data: str
+    targets: tuple[str | list[str], ...]
+    ranks: tuple[int, ...]
+    length: int
+    lanes: int
+    seeds: int
+    nodes: tuple[Node, ...]
+    threads: int | None = None
+    log: Path | None = None
+    keeps_all: bool = False
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a worker says once it has its base.
+
+    Attributes:
+        lanes: of a row; fewer than were wanted where they would not fit.
+        baseline: held-out loss of the base alone; None without held-out rows.
+        too_large: why ranks above `largest` cannot be trained here; empty when all can.
+    """
+
+    lanes: int
+    baseline: float | None
+    largest: int
+    too_large: str = ""
+
+
+@dataclass
+class Member:
+    """A trial that is here.
+
+    Attributes:
+        run: its folder.
+        every: optimizer steps between reports.
+        goal: the step of its next report; None while it waits for its caller.
+        figures: what it has to report.
+        failure: why it cannot go on.
+    """
+
+    trial: Trial
+    run: Path
+    every: int
+    goal: int | None = None
+    figures: dict[str, float] | None = None
+    failure: TunesmithError | None = None
+    tokens: int = 0
+    lines: MetricsLog = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lines = MetricsLog(self.run / "metrics.jsonl")
+
+    @property
+    def states(self) -> Path:
+        """Where its states lie."""
+        return self.run / STATES
+
+
+class Worker:
+    """One base on one device. Use it as a Ray actor with as many threads as it may have callers, or in place."""
+
+    def __init__(self, settings: Settings) -> None:
+        if settings.log is not None:
+            log_to(settings.log)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.settings = settings
+        self.base = BaseRef(**settings.base)
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
+        self.data = open_prepared(settings.cache, settings.data)
+        self.members: dict[str, Member] = {}
+        self.changed = threading.Condition()
+        self.failure: BaseException | None = None
+        self.patience_s = 0.0
+
+    def start(self) -> Ready:
+        """Finds out how many lanes fit, loads the base and begins to work. Called once, before everything else.
+
+        Raises:
+            ResourceError: not even the smallest trial fits, with the numbers.
+            ModelError: a target matches nothing, or a layer that is not linear.
+        """
+        settings = self.settings
+        recipe = Recipe.model_validate(settings.recipe)
+        lanes, largest, too_large = self._room(recipe)
+        targets = _targets(models.skeleton(self.base), settings.targets)
+        dtype = DTYPES[zero.precision(recipe, self.device.type == "cuda")]
+        self.group = Group(recipe, self.base, self.data, targets, settings.length, lanes, self.device, dtype)
+        baseline = self.group.held_out_loss(None) if self.group.held_out else None
+        threading.Thread(target=self._work, daemon=True, name="fused").start()
+        return Ready(lanes, baseline, largest, too_large)
+
+    def _room(self, recipe: Recipe) -> tuple[int, int, str]:
+        """Lanes that fit, the largest rank that fits at all, and why a larger one does not."""
+        settings, too_large = self.settings, ""
+        need = Need(1, 1.0, 1.0 if self.device.type == "cuda" else 0.0)
+        for rank in sorted(settings.ranks, reverse=True):
+            lanes = settings.lanes
+            while True:
+                stand_in = side_by_side(recipe, lanes, bucket_of(rank))
+                reason = why_not(stand_in, self.base, settings.nodes, need, settings.length)
+                if reason is None:
+                    return lanes, rank, too_large
+                if lanes == settings.seeds:
+                    break
+                lanes = max(settings.seeds, lanes // 2)
+            too_large = f"rank {rank}: {reason}"
+        raise ResourceError(f"no trial fits: {too_large}", "Search smaller ranks, or lower data.max_length.")
+
+    def open(
+        self, key: str, recipe: dict[str, Any], run: str, reports: int, step: int = 0, source: str | None = None
+    ) -> None:
+        """Brings a trial here.
+
+        Args:
+            key: names it to the other methods; one that is here already is replaced.
+            recipe: the trial's.
+            run: its folder.
+            reports: most reports of a whole trial.
+            step: it goes on from its state of this step; 0 begins.
+            source: run of another trial, whose state it takes when it has none of that step itself.
+        """
+        trial_recipe = Recipe.model_validate(recipe)
+        adapter = begin(self.group.layout, trial_recipe, self.base, self.device)
+        trial = Trial(key, trial_recipe, self.data, adapter, self.group.length)
+        folder = Path(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        member = Member(trial, folder, math.ceil(trial.total_steps / reports))
+        if step:
+            own = states.at(member.states, step)
+            states.load(trial, own if own.is_dir() or source is None else states.at(Path(source) / STATES, step))
+        member.lines.truncate_after(step or -1)
+        with self.changed:
+            self.members[key] = member
+
+    def next(self, key: str) -> dict[str, Any]:
+        """Trains a trial to its next report and returns that: step, total_steps, tokens and figures.
+
+        Raises:
+            NonFiniteError: a loss or gradient was NaN or infinite; its neighbours go on.
+        """
+        with self.changed:
+            member = self.members[key]
+            trial = member.trial
+            assert trial.step < trial.total_steps, f"trial {key} has done all its {trial.total_steps} steps"
+            member.goal = min(trial.total_steps, (trial.step // member.every + 1) * member.every)
+            member.figures = None
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: member.figures is not None or member.failure is not None or self.failure)
+            if self.failure is not None:
+                raise RuntimeError(f"the shared worker failed: {self.failure}") from self.failure
+            if member.failure is not None:
+                raise member.failure
+            assert member.figures is not None
+            return {
+                "step": trial.step,
+                "total_steps": trial.total_steps,
+                "tokens": member.tokens,
+                "figures": member.figures,
+            }
+
+    def export(self, recipe: dict[str, Any], run: str, step: int, folder: str) -> str:
+        """Makes the model of a trial, as it was after a step; the last thing that this worker does.
+
+        Args:
+            recipe: the trial's.
+            run: the trial's folder.
+            folder: where the artifact goes.
+        """
+        trial_recipe, source = Recipe.model_validate(recipe), Path(run)
+        adapter = begin(self.group.layout, trial_recipe, self.base, self.device)
+        trial = Trial("winner", trial_recipe, self.data, adapter, self.group.length)
+        states.load(trial, states.at(source / STATES, step))
+        return str(
+            export(self.group, adapter, trial_recipe, self.base, RunFolder(Path(folder)), source / "metrics.jsonl")
+        )
+
+    def close(self, key: str) -> None:
+        """Takes a trial away; its lane is free for the next."""
+        with self.changed:
+            self.members.pop(key, None)
+            self.changed.notify_all()
+
+    def load(self) -> int:
+        """Trials that are here."""
+        return len(self.members)
+
+    def memory_gib(self) -> float:
+        """Most memory taken on a GPU; what the process holds on a CPU."""
+        return memory_gib(self.device)
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self.changed:
+                    self.changed.wait_for(self._at_work)
+                    # those that have just reported are about to be sent on: a row that they fill costs no more than one
+                    # without them
+                    self.changed.wait_for(lambda: len(self._at_work()) == len(self.members), self.patience_s)
+                    work = self._at_work()
+                began = time.monotonic()
+                self._tick(sorted(work, key=_share_done)[: self.group.count])
+                self.patience_s = time.monotonic() - began
+        except BaseException as failure:  # noqa: BLE001 - handed to every caller
+            with self.changed:
+                self.failure = failure
+                self.changed.notify_all()
+
+    def _at_work(self) -> list[Member]:
+        return [member for member in self.members.values() if member.goal is not None]
+
+    def _tick(self, work: list[Member]) -> None:
+        broken = {trial.key for trial in self.group.tick([member.trial for member in work])}
+        for member in work:
+            trial = member.trial
+            if trial.key in broken:
+                self._settle(member, failure=_non_finite(trial))
+            elif trial.step == member.goal:
+                figures = self._figures(member)
+                if all(math.isfinite(value) for value in figures.values()):
+                    self._settle(member, figures=figures)
+                else:
+                    self._settle(member, failure=_non_finite(trial))
+
+    def _figures(self, member: Member) -> dict[str, float]:
+        """What is reported: of all steps since the last report, and the held-out loss now."""
+        trial = member.trial
+        lines, trial.lines = trial.lines, []
+        figures = {
+            "loss": sum(line["loss"] for line in lines) / len(lines),
+            "grad_norm": lines[-1]["grad_norm"],
+            "tokens_per_second": sum(line["tokens"] for line in lines) / sum(line["step_seconds"] for line in lines),
+        }
+        if self.group.held_out:
+            figures["eval_loss"] = self.group.held_out_loss(trial.adapter)
+            lines[-1]["eval_loss"] = figures["eval_loss"]
+        for line in lines:
+            member.lines.append(line)
+        member.tokens = sum(line["tokens"] for line in lines)
+        return figures
+
+    def _settle(
+        self, member: Member, figures: dict[str, float] | None = None, failure: TunesmithError | None = None
+    ) -> None:
+        if figures is not None:
+            states.save(member.trial, member.states)
+            if not self.settings.keeps_all:
+                states.keep_newest(member.states, 2)
+        with self.changed:
+            member.goal, member.figures, member.failure = None, figures, failure
+            self.changed.notify_all()
+
+
+def _share_done(member: Member) -> float:
+    """What goes first where there are more trials than lanes: those that are furthest behind."""
+    return member.trial.step / member.trial.total_steps
+
+
+def _targets(model: nn.Module, specs: Sequence[str | list[str]]) -> list[str]:
+    """Every layer that any trial may adapt.
+
+    Raises:
+        ModelError: one matches nothing, or a layer that is not linear.
+    """
+    names = sorted({name for spec in specs for name in lora.matches(model, spec)})
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    for name in names:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear) or layer is head:
+            raise ModelError(
+                f"{name} is adapted, a {'head' if layer is head else type(layer).__name__}, and only inner linear layers are "
+                "trained side by side",
+                "Set tune.execution: isolated.",
+            )
+    return names
+
+
+def _non_finite(trial: Trial) -> NonFiniteError:
+    return NonFiniteError(
+        f"a loss or gradient was NaN or infinite in step {trial.step + 1}",
+        "Search lower learning rates.",
+    )

@@ -1,0 +1,214 @@
+"""Trials that are Ray Train runs of their own, of any size; started from a trial's own process."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from tunesmith.cluster.errors import StoppedError, TunesmithError, WorkerError
+from tunesmith.cluster.metrics import read_metrics
+from tunesmith.cluster.recipe.schema import Recipe
+from tunesmith.cluster.runs import RunFolder
+from tunesmith.trainers.data.prepare import open_prepared
+from tunesmith.trainers.packing import BatchPlan
+from tunesmith.tuning.logical import Progress
+
+POLL_S = 0.2
+ALL_CHECKPOINTS = 1_000_000
+
+
+class Places:
+    """An actor that lets so many trials be trained at once; the others wait for their turn."""
+
+    def __init__(self, count: int) -> None:
+        self._free = threading.Semaphore(count)
+
+    def take(self) -> None:
+        """Returns when there is a place."""
+        self._free.acquire()
+
+    def give(self) -> None:
+        """Gives a place back."""
+        self._free.release()
+
+
+@dataclass(frozen=True)
+class Isolated:
+    """How trials are trained by workers of their own.
+
+    Attributes:
+        places: name of the `Places` actor.
+        namespace: Ray's, in which it is named.
+        reports: most reports of a whole trial.
+        cache: folder of tokenised data sets.
+        address: of the cluster; None for a Ray of our own.
+        keeps_all: whether all checkpoints of a trial are kept, for others to take.
+    """
+
+    places: str
+    namespace: str
+    reports: int
+    cache: Path
+    address: str | None
+    keeps_all: bool = False
+
+    def members(self, key: str) -> Runs:
+        """The runs of a trial's seeds."""
+        return Runs(self)
+
+
+class Runs:
+    """The runs of one trial, one for each seed, in threads of the trial's process."""
+
+    def __init__(self, training: Isolated) -> None:
+        self._training = training
+        self._runs: list[_Run] = []
+        self._places: Any = None
+
+    def open(self, recipes: list[Recipe], runs: list[Path], step: int, sources: list[Path] | None) -> None:
+        """Waits for a place and starts the runs, which go on from what they have."""
+        self._places = ray.get_actor(self._training.places, self._training.namespace)
+        ray.get(self._places.take.remote())
+        self._runs = [
+            _Run(self._training, recipe, run, step, sources[index] if sources else None)
+            for index, (recipe, run) in enumerate(zip(recipes, runs, strict=True))
+        ]
+        for run in self._runs:
+            run.start()
+
+    def next(self) -> list[Progress]:
+        """The next report of each run. A run does not wait for its caller: it is stopped when it is no longer wanted."""
+        return [run.progress() for run in self._runs]
+
+    def close(self) -> None:
+        """Stops the runs, which save first, and gives the place back."""
+        for run in self._runs:
+            run.stop()
+        for run in self._runs:
+            run.join()
+        self._runs = []
+        if self._places is not None:
+            ray.get(self._places.give.remote())
+            self._places = None
+
+
+class _Run(threading.Thread):
+    """`tunesmith train` of one seed, and its metrics as they come."""
+
+    def __init__(self, training: Isolated, recipe: Recipe, root: Path, step: int, source: Path | None) -> None:
+        super().__init__(name=f"run-{root.name}", daemon=True)
+        self.folder = RunFolder(root)
+        self.step, self.failure = step, None
+        self._source = source
+        self.recipe, self.every, self.total_steps = _as_run(training, recipe, root)
+
+    def run(self) -> None:
+        from tunesmith.trainers import launch
+
+        try:
+            if self._source is not None and self.step and not self.folder.has_checkpoint():
+                self._adopt(self._source)
+            launch.run(self.recipe)
+        except StoppedError:
+            return
+        except TunesmithError as failure:
+            self.failure: Exception | None = failure
+        except Exception as failure:  # noqa: BLE001 - handed to whoever waits for the next report
+            self.failure = WorkerError(f"{type(failure).__name__}: {failure}")
+
+    def progress(self) -> Progress:
+        """Waits for the next report.
+
+        Raises:
+            TunesmithError: what ended the run before it.
+        """
+        goal = min(self.total_steps, (self.step // self.every + 1) * self.every)
+        while True:
+            alive = self.is_alive()
+            lines = read_metrics(self.folder.metrics)
+            done = [line for line in lines if self.step < line["step"] <= goal and "loss" in line]
+            if done and done[-1]["step"] == goal and (done[-1].get("eval_loss") is not None or not self._evaluates()):
+                self.step = goal
+                return Progress(goal, self.total_steps, sum(line["tokens"] for line in done), _figures(done))
+            if not alive:
+                raise self.failure or WorkerError(f"the run in {self.folder.root} ended before step {goal}")
+            time.sleep(POLL_S)
+
+    def stop(self) -> None:
+        """Asks it to save and stop."""
+        if self.is_alive():
+            self.folder.request_stop()
+
+    def _evaluates(self) -> bool:
+        return self.recipe.train.eval_steps is not None
+
+    def _adopt(self, source: Path) -> None:
+        """Takes another run's checkpoint of the step as its own."""
+        name = f"step-{self.step:08d}"
+        self.folder.create()
+        part = self.folder.checkpoints / f"{name}.part"
+        shutil.copytree(source / "checkpoints" / name, part)
+        part.rename(self.folder.checkpoints / name)
+
+
+def _as_run(training: Isolated, recipe: Recipe, root: Path) -> tuple[Recipe, int, int]:
+    """The trial's recipe as a run that evaluates and saves at each report, the steps between two, and those of the whole."""
+    from tunesmith.trainers.data.prepare import prepare
+    from tunesmith.trainers.models import resolve_base
+    from tunesmith.tuning.space import recipe_of
+
+    quiet = recipe.model_copy(deep=True)
+    base = resolve_base(quiet.model.base, quiet.model.revision, root.parent.parent.parent.parent)
+    data = prepare(quiet, base, training.cache)
+    data = open_prepared(training.cache, data.fingerprint)
+    rows = quiet.train.per_device_train_batch_size
+    if rows == "auto":
+        raise WorkerError(
+            "train.per_device_train_batch_size: auto is settled by the planner; write a number in a sweep"
+        )
+    plan = BatchPlan.of(quiet, data, quiet.cluster.workers)
+    total = plan.total_steps(quiet.train.epochs, quiet.train.max_steps)
+    every = math.ceil(total / training.reports)
+    changes: dict[str, Any] = {
+        "train.save_steps": every,
+        "output.dir": str(root.parent),
+        "output.report_to": [],
+    }
+    if len(data.validation):
+        changes["train.eval_steps"] = every
+    if training.keeps_all:
+        changes["train.save_total_limit"] = ALL_CHECKPOINTS
+    if training.address is not None:
+        changes["cluster.address"] = training.address
+    tree = recipe.model_copy(update={"name": root.name})
+    return recipe_of(tree, changes), every, total
+
+
+def _figures(lines: list[dict[str, Any]]) -> dict[str, float]:
+    figures = {
+        "loss": sum(line["loss"] for line in lines) / len(lines),
+        "grad_norm": lines[-1]["grad_norm"],
+        "tokens_per_second": sum(line["tokens"] for line in lines) / sum(line["step_seconds"] for line in lines),
+    }
+    if lines[-1].get("eval_loss") is not None:
+        figures["eval_loss"] = lines[-1]["eval_loss"]
+    return figures
+
+
+@contextlib.contextmanager
+def places(count: int, name: str, namespace: str) -> Iterator[str]:
+    """The actor that counts places, while it is needed; yields its name."""
+    actor = ray.remote(Places).options(name=name, namespace=namespace, num_cpus=0, max_concurrency=1000).remote(count)
+    try:
+        yield name
+    finally:
+        ray.kill(actor)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,298 @@
+"""The trials on Ray Tune: who trains them, what is told of them, and when the whole of it stops."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+from ray import tune as ray_tune
+from ray.tune import Callback, PlacementGroupFactory, RunConfig, Stopper, TuneConfig, Tuner
+
+from tunesmith.cluster.errors import TunesmithError, WorkerError
+from tunesmith.cluster.resources import fitting
+from tunesmith.trainers.stopping import StopSignals
+from tunesmith.tuning.board import Board
+from tunesmith.tuning.eligible import lane_length, lanes_for, ranks_of, targets_of
+from tunesmith.tuning.feasible import Feasibility
+from tunesmith.tuning.fused.training import Fused, answers
+from tunesmith.tuning.isolated import Isolated, places
+from tunesmith.tuning.logical import LogicalTrial, Sweep, Training
+from tunesmith.tuning.records import Report, SweepFolder
+from tunesmith.tuning.scheduling import scheduler
+from tunesmith.tuning.search import Journaled, trials_of
+from tunesmith.tuning.space import Values, recipe_of
+from tunesmith.tuning.sweep import Ground
+
+NAMESPACE = "tunesmith-sweeps"
+TRIAL_CPUS = 0.01
+"""Of a trial's own actor, which only waits."""
+PAUSING = ("pbt", "hyperband")
+"""Schedulers that need all their trials begun, so that they can pause some."""
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Trainers:
+    """Who trains the trials of a sweep.
+
+    Attributes:
+        training: as the trials' own processes need it.
+        baseline: held-out loss of the base alone; None where it is not known.
+        concurrent: trials that are trained at once.
+        why_not: why a configuration cannot be tried.
+        workers: the shared workers, for the winner's model; empty when trials are isolated.
+    """
+
+    training: Training
+    baseline: float | None
+    concurrent: int
+    why_not: Callable[[Values], str | None]
+    workers: tuple[Any, ...] = ()
+
+
+@contextlib.contextmanager
+def trainers(ground: Ground) -> Iterator[Trainers]:
+    """Those who will train: shared workers that hold the base, or a place for each trial's own."""
+    if ground.why_isolated is not None:
+        count, name = _places(ground), f"{ground.recipe.name}-places"
+        with places(count, name, NAMESPACE):
+            yield _isolated(ground, count, name)
+        return
+    workers = _shared_workers(ground)
+    try:
+        ready = answers([worker.start.remote() for worker in workers])
+        largest, too_large = ready[0].largest, ready[0].too_large
+
+        def why_not(values: Values) -> str | None:
+            own = recipe_of(ground.recipe, values).adaptation
+            return too_large if own.rank > largest else None  # type: ignore[union-attr]
+
+        names = tuple(_worker_name(ground, index) for index in range(len(workers)))
+        training = Fused(names, NAMESPACE, ground.tune.reports)
+        lanes = sum(one.lanes for one in ready)
+        yield Trainers(training, ready[0].baseline, max(1, lanes // ground.tune.seeds), why_not, tuple(workers))
+    finally:
+        for worker in workers:
+            ray.kill(worker)
+
+
+def search(ground: Ground, who: Trainers, began: float, board: Board, signals: StopSignals) -> None:
+    """Runs the trials to their ends, or until the budget is spent or a signal comes.
+
+    Raises:
+        TunesmithError: Ray Tune itself failed.
+    """
+    folder, tune = ground.folder, ground.tune
+    shutil.rmtree(folder.scratch, ignore_errors=True)
+    watch = _Watch(folder, board, tune.scheduler)
+    budget = Budget(ground, began, watch)
+    signals.stop_with(budget.stop)
+    sweep = Sweep(folder.root, ground.recipe.model_dump(mode="json", exclude_unset=True), who.training, began)
+    journaled = Journaled(tune, folder, who.why_not)
+    limit = None if tune.scheduler in PAUSING else tune.concurrent or who.concurrent
+    tuner = Tuner(
+        ray_tune.with_resources(
+            ray_tune.with_parameters(LogicalTrial, sweep=sweep), PlacementGroupFactory([{"CPU": TRIAL_CPUS}])
+        ),
+        tune_config=TuneConfig(
+            search_alg=journaled,
+            scheduler=scheduler(tune),
+            num_samples=-1,
+            max_concurrent_trials=limit,
+            reuse_actors=True,
+        ),
+        run_config=RunConfig(name="tune", storage_path=str(folder.scratch), stop=budget, callbacks=[watch], verbose=0),
+    )
+    work = _Work(tuner)
+    with _settings():
+        work.start()
+        while work.is_alive():
+            work.join(POLL_S)
+    shutil.rmtree(folder.scratch, ignore_errors=True)
+    if work.failure is not None:
+        raise (
+            work.failure
+            if isinstance(work.failure, TunesmithError)
+            else WorkerError(f"Ray Tune failed: {work.failure}")
+        )
+
+
+class _Unwritten:
+    """Ray Tune writes down what it is given, to restore it from there; a sweep never is, so there is nothing to write."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Budget(_Unwritten, Stopper):
+    """Ends the sweep when one of its limits is reached, or when it is asked to."""
+
+    def __init__(self, ground: Ground, began: float, watch: _Watch) -> None:
+        self._tune, self._gpus, self._began, self._watch = ground.tune, ground.gpus, began, watch
+        self._stop = False
+
+    def stop(self) -> None:
+        """Asks the sweep to end."""
+        self._stop = self._watch.is_ending = True
+
+    def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        """No trial by itself."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether nothing goes on."""
+        if not self._stop and self.spent_out():
+            self.stop()
+        return self._stop
+
+    def spent_out(self) -> str:
+        """Which limit is reached; empty while none is."""
+        tune, hours = self._tune, (time.time() - self._began) / 3600
+        limits = (
+            ("max_hours", tune.max_hours, hours),
+            ("max_gpu_hours", tune.max_gpu_hours, hours * self._gpus),
+            ("max_tokens", tune.max_tokens, self._watch.tokens()),
+        )
+        return next((name for name, most, spent in limits if most is not None and spent >= most), "")
+
+
+class _Watch(_Unwritten, Callback):
+    """Tells the board what happens, and writes down which trials the scheduler has stopped."""
+
+    def __init__(self, folder: SweepFolder, board: Board, scheduler: str) -> None:
+        self._folder, self._board, self._scheduler = folder, board, scheduler
+        self._tokens: dict[int, int] = {}
+        self.is_ending = False
+
+    def tokens(self) -> int:
+        """Trained by all trials."""
+        return sum(self._tokens.values())
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._board.begin(trial.config["trial"], _values(trial))
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        number = trial.config["trial"]
+        self._tokens[number] = result["tokens"]
+        self._board.begin(number, _values(trial))
+        self._board.report(number, Report(**result["report"]))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        record = self._folder.trial(trial.config["trial"])
+        if record.ended() is None and not self.is_ending:
+            record.end("stopped", f"by {self._scheduler} after report {len(record.reports())}")
+        self._say(record.number)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._say(trial.config["trial"])
+
+    def _say(self, number: int) -> None:
+        ended = self._folder.trial(number).ended()
+        if ended is not None:
+            self._board.end(number, ended.state, ended.why)
+
+
+class _Work(threading.Thread):
+    """`tuner.fit()` off the main thread, where Ray Tune would take SIGINT for itself."""
+
+    def __init__(self, tuner: Tuner) -> None:
+        super().__init__(name="ray-tune", daemon=True)
+        self._tuner = tuner
+        self.failure: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._tuner.fit()
+        except Exception as failure:  # noqa: BLE001 - judged by the thread that waits for this one
+            self.failure = failure
+
+
+def _isolated(ground: Ground, count: int, name: str) -> Trainers:
+    feasibility = Feasibility(
+        ground.base,
+        ground.nodes,
+        ground.need,
+        ground.prepared.max_length,
+        lambda values: recipe_of(ground.recipe, values),
+    )
+    keeps_all = ground.tune.scheduler == "pbt"
+    address = None if ground.is_local else "auto"
+    training = Isolated(name, NAMESPACE, ground.tune.reports, ground.cache, address, keeps_all)
+    return Trainers(training, None, count, feasibility.why_not)
+
+
+def _places(ground: Ground) -> int:
+    """Trials whose workers fit the cluster at once."""
+    runs = sum(fitting(node, ground.need) for node in ground.nodes) // ground.need.workers
+    return max(1, min(runs // ground.tune.seeds, ground.tune.concurrent or runs))
+
+
+def _shared_workers(ground: Ground) -> list[Any]:
+    """The shared workers' actors, which begin to import what they need."""
+    from tunesmith.tuning.fused.shell import Shell
+
+    recipe, tune, need = ground.recipe, ground.tune, ground.need
+    length = lane_length(recipe, ground.prepared)
+    count = max(1, min(need.workers, trials_of(tune)))
+    settings = {
+        "recipe": recipe_of(recipe, {}).model_dump(mode="json", exclude_unset=True),
+        "base": asdict(ground.base),
+        "cache": ground.cache,
+        "data": ground.prepared.fingerprint,
+        "targets": targets_of(recipe, tune),
+        "ranks": ranks_of(recipe, tune),
+        "length": length,
+        "lanes": lanes_for(length, -(-trials_of(tune) // count), tune.seeds, tune.concurrent),
+        "seeds": tune.seeds,
+        "nodes": tuple(ground.nodes),
+        "threads": None if need.gpus else max(1, int(need.cpus)),
+        "log": ground.folder.root / "log.txt",
+        "keeps_all": tune.scheduler == "pbt",
+    }
+    options: dict[str, Any] = {
+        "namespace": NAMESPACE,
+        "num_cpus": 1 if need.gpus else 0,  # its threads are set; the trials' own actors start beside it
+        "num_gpus": need.gpus,
+        "max_restarts": recipe.train.max_failures,
+        "max_concurrency": 4 * settings["lanes"] + 8,
+        "runtime_env": {"env_vars": {} if need.gpus else {"CUDA_VISIBLE_DEVICES": ""}},
+    }
+    shell = ray.remote(Shell)
+    return [shell.options(name=_worker_name(ground, index), **options).remote(settings) for index in range(count)]
+
+
+def _worker_name(ground: Ground, index: int) -> str:
+    return f"{ground.recipe.name}-{index}"
+
+
+def _values(trial: Any) -> Values:
+    return {key: value for key, value in trial.config.items() if key != "trial"}
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """How Ray Tune behaves in a sweep: it writes nothing that our records have, and prints nothing."""
+    wanted = {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

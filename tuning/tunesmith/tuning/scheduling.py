@@ -1,0 +1,109 @@
+"""Ray Tune's schedulers, set up from the `tune` section; all of them count in reports."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+from ray import tune as ray_tune
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+
+from tunesmith.cluster.errors import RecipeError
+from tunesmith.cluster.recipe.tune import Dimension, Tune
+
+REPORT = "training_iteration"
+"""What Ray Tune calls the number of a trial's report."""
+
+PERTURBED = (
+    "train.learning_rate",
+    "train.weight_decay",
+    "train.adam_beta1",
+    "train.adam_beta2",
+    "train.adam_epsilon",
+    "train.max_grad_norm",
+    "adaptation.lora_dropout",
+)
+"""Keys that may change while a trial goes on: none of them changes a shape, the order of the data or what the weights mean."""
+
+
+def scheduler(tune: Tune) -> TrialScheduler:
+    """The scheduler that the `tune` section names.
+
+    Raises:
+        RecipeError: `pbt` has nothing that it may perturb.
+    """
+    common: dict[str, Any] = {"time_attr": REPORT, "metric": tune.metric, "mode": tune.mode}
+    if tune.scheduler == "asha":
+        grace = min(tune.grace, tune.reports)
+        return ASHAScheduler(**common, max_t=tune.reports, grace_period=grace, reduction_factor=tune.reduction)
+    if tune.scheduler == "hyperband":
+        return HyperBandScheduler(**common, max_t=tune.reports, reduction_factor=tune.reduction)
+    if tune.scheduler == "median":
+        return MedianStoppingRule(**common, grace_period=tune.grace, min_samples_required=3)
+    if tune.scheduler == "pbt":
+        return _population(tune, common)
+    return FIFOScheduler()
+
+
+def check_population(tune: Tune) -> None:
+    """Refuses `pbt` where it could perturb nothing.
+
+    Raises:
+        RecipeError: naming what may be perturbed.
+    """
+    if tune.scheduler == "pbt" and not any(key in PERTURBED for key in tune.space):
+        raise RecipeError(
+            f"tune.scheduler: pbt changes keys of a trial that goes on, and none of {', '.join(tune.space)} may change then",
+            f"Search one of {', '.join(PERTURBED)}, or use another scheduler.",
+        )
+
+
+def _population(tune: Tune, common: dict[str, Any]) -> PopulationBasedTraining:
+    check_population(tune)
+    random.seed(tune.seed)  # it draws from the global generators
+    np.random.seed(tune.seed)
+    space = {key: dimension for key, dimension in tune.space.items() if key in PERTURBED}
+    return _Population(
+        **common,
+        perturbation_interval=tune.grace,
+        hyperparam_mutations={key: _domain(dimension) for key, dimension in space.items()},
+        custom_explore_fn=lambda config: _within(space, config),
+        synch=True,
+        log_config=False,
+    )
+
+
+class _Population(PopulationBasedTraining):
+    """Gives a trial another one's configuration, but not its number."""
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        config, operations = super()._get_new_config(trial, trial_to_clone)
+        return {**config, "trial": trial.config["trial"]}, operations
+
+
+def _domain(dimension: Dimension) -> Any:
+    if dimension.is_list:
+        return dimension.values
+    low, high = dimension.values
+    return {"uniform": ray_tune.uniform, "loguniform": ray_tune.loguniform}.get(dimension.kind, _whole)(low, high)
+
+
+def _whole(low: int, high: int) -> Any:
+    return ray_tune.randint(low, high + 1)
+
+
+def _within(space: dict[str, Dimension], config: dict[str, Any]) -> dict[str, Any]:
+    """A perturbed number goes no further than the range that is searched."""
+    for key, dimension in space.items():
+        if not dimension.is_list and key in config:
+            low, high = dimension.values
+            config[key] = min(max(config[key], low), high)
+    return config

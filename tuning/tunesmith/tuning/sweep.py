@@ -1,0 +1,177 @@
+"""From a recipe with a `tune` section to a winner: checks everything, runs the trials on Ray Tune, keeps what they did.
+
+An interrupted sweep is not restored from Ray's snapshots: the same command starts anew, and every trial first repeats what
+its record says, at once. So the searcher and the scheduler come to where they were, and nothing is trained twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from tunesmith.cluster.base import BaseRef
+from tunesmith.cluster.errors import UsageError
+from tunesmith.cluster.events import Listener, Note, ignore
+from tunesmith.cluster.identity import Identity, refuse_changes
+from tunesmith.cluster.recipe.load import resolved
+from tunesmith.cluster.recipe.schema import Recipe
+from tunesmith.cluster.recipe.tune import Tune
+from tunesmith.cluster.resources import Need, Node, needs, require_resources, this_machine
+from tunesmith.cluster.runs import RunFolder
+from tunesmith.cluster.session import RaySession
+from tunesmith.cluster.storage import write_atomic
+from tunesmith.trainers.data.build import look_at
+from tunesmith.trainers.data.prepare import Prepared, effective_max_length, prepare
+from tunesmith.trainers.launch import run_folder
+from tunesmith.trainers.models import check_adaptation, resolve_base
+from tunesmith.trainers.stopping import StopSignals
+from tunesmith.tuning import space
+from tunesmith.tuning.board import Board
+from tunesmith.tuning.eligible import base_facts, why_isolated
+from tunesmith.tuning.records import SweepFolder
+from tunesmith.tuning.results import Result, write_results
+
+BUDGETS = ("trials", "max_hours", "max_gpu_hours", "max_tokens")
+FREE = (*BUDGETS, "execution", "concurrent", "final", "final_seeds")
+"""Keys of `tune` that change no trial, so they may change when a sweep goes on."""
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a sweep begins from, all of it checked."""
+
+    recipe: Recipe
+    tune: Tune
+    folder: SweepFolder
+    base: BaseRef
+    cache: Path
+    prepared: Prepared
+    nodes: list[Node]
+    need: Need
+    is_local: bool
+    """Whether Ray is one of our own on this machine."""
+    why_isolated: str | None
+    """Why trials need workers of their own; None when they can share a base."""
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that the trials of the sweep keep busy together."""
+        return sum(node.gpus for node in self.nodes) if self.need.gpus else 0.0
+
+
+def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore) -> Ground:
+    """Checks all that can be checked before the first trial; leaves nothing behind but the data's cache.
+
+    Raises:
+        UsageError: something about the search, the recipe, the data, the base or the resources is wrong.
+    """
+    tune = space.check(recipe)
+    plain = space.recipe_of(recipe, {})
+    folder = SweepFolder(run_folder(plain).root)
+    base = resolve_base(plain.model.base, plain.model.revision, folder.root.parent)
+    check_adaptation(plain, base)
+    nodes = [this_machine()] if session.local else session.nodes()
+    need = needs(plain.cluster, nodes)
+    require_resources(need, nodes)
+    for source in [*plain.data.train, *(plain.data.validation or [])]:
+        look_at(source)
+    effective_max_length(plain, base)
+    cache = folder.root.parent / ".cache" / "data"
+    prepared = prepare(plain, base, cache)
+    if tune.metric == "eval_loss" and len(prepared.validation) == 0:
+        raise UsageError(
+            "tune.metric: eval_loss is measured on held-out rows, and none are held out",
+            "Set data.split.validation above 0, name data.validation, or use tune.metric: loss.",
+        )
+    on_event(Note("\n".join(prepared.report.lines())))
+    reason = why_isolated(plain, tune, base_facts(Path(base.path), plain, tune))
+    if tune.execution == "fused" and reason is not None:
+        raise UsageError(
+            f"tune.execution: fused is not possible: {reason}", "Use tune.execution: auto, or change what it names."
+        )
+    if tune.execution == "isolated":
+        reason = "the recipe says so"
+    return Ground(recipe, tune, folder, base, cache, prepared, nodes, need, session.local, reason)
+
+
+def run(recipe: Recipe, on_event: Listener = ignore, console: Console | None = None) -> Result:
+    """Searches, or goes on with a search, and returns when its budget is spent.
+
+    Raises:
+        UsageError: something is wrong; no trial was launched.
+        StoppedError, InterruptedRunError: a signal came; the same command goes on.
+        TunesmithError: no trial could report anything.
+    """
+    console = console or Console(stderr=True)
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(StopSignals(recipe.name))
+        session = stack.enter_context(RaySession(recipe.cluster.address))
+        ground = check(recipe, session, on_event)
+        _say_how(ground, on_event)
+        folder = ground.folder
+        folder.root.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(RunFolder(folder.root).lock())
+        _remember(ground)
+        session.start()
+        trials_before = len(folder.trials())
+        if trials_before:
+            on_event(Note(f"going on with {recipe.name}: {trials_before} trials are on record"))
+        require_resources(ground.need, session.nodes())
+        from tunesmith.tuning.running import search, trainers  # only now: it imports Ray Tune
+        from tunesmith.tuning.search import trials_of
+        from tunesmith.tuning.winner import crown
+
+        with trainers(ground) as who, _clock(folder) as began:
+            try:
+                with Board(console, ground.tune, trials_of(ground.tune)) as board:
+                    search(ground, who, began, board, signals)
+            finally:
+                write_results(ground, who.baseline, began, complete=signals.received is None)
+            if signals.received is not None:
+                raise signals.error(_count(folder))
+            return crown(ground, who, began, on_event)
+
+
+def _say_how(ground: Ground, on_event: Listener) -> None:
+    if ground.why_isolated is None:
+        on_event(Note("trials train side by side on one frozen base (fused)"))
+    elif ground.tune.execution == "auto":
+        on_event(Note(f"each trial has workers of its own (isolated): {ground.why_isolated}"))
+
+
+def _remember(ground: Ground) -> None:
+    """Writes what the sweep begins with, or refuses to go on with another one."""
+    now = resolved(ground.recipe)
+    now["tune"] = {key: value for key, value in now["tune"].items() if key not in FREE}
+    identity = Identity(recipe=now, data=ground.prepared.files, base=ground.base.digest)
+    if ground.folder.identity.exists():
+        refuse_changes(Identity.load(ground.folder.identity), identity, allow_change=False)
+    else:
+        identity.save(ground.folder.identity)
+
+
+def _count(folder: SweepFolder) -> str:
+    ended = sum(trial.ended() is not None for trial in folder.trials())
+    return f"{ended} ended and {len(folder.trials()) - ended} unfinished"
+
+
+@contextlib.contextmanager
+def _clock(folder: SweepFolder) -> Iterator[float]:
+    """`time.time()` at which the sweep would have begun if it had never been interrupted."""
+    try:
+        before = float(json.loads(folder.clock.read_text())["seconds"])
+    except FileNotFoundError:
+        reports = [report.at for trial in folder.trials() for report in trial.reports()]
+        before = max(reports, default=0.0)  # killed before it could write how long it had taken
+    folder.clock.unlink(missing_ok=True)
+    began = time.time() - before
+    try:
+        yield began
+    finally:
+        write_atomic(folder.clock, json.dumps({"seconds": time.time() - began}))
