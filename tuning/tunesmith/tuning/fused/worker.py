@@ -139,6 +139,7 @@ class Worker:
         self.data = open_prepared(settings.cache, settings.data)
         self.members: dict[str, Member] = {}
         self.changed = threading.Condition()
+        self.beginning = threading.Lock()  # first weights come from torch's one generator, seeded for each trial
         self.failure: BaseException | None = None
         self.patience_s = 0.0
 
@@ -190,7 +191,8 @@ class Worker:
             source: run of another trial, whose state it takes when it has none of that step itself.
         """
         trial_recipe = Recipe.model_validate(recipe)
-        adapter = begin(self.group.layout, trial_recipe, self.base, self.device)
+        with self.beginning:
+            adapter = begin(self.group.layout, trial_recipe, self.base, self.device)
         trial = Trial(key, trial_recipe, self.data, adapter, self.group.length)
         folder = Path(run)
         folder.mkdir(parents=True, exist_ok=True)
