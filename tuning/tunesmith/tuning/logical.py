@@ -151,7 +151,7 @@ class LogicalTrial(Trainable):
             return
         donor = SweepFolder(self.sweep.root).trial(place.trial).values_after(place.segment)
         changed = {key: [donor.get(key), new] for key, new in self.values.items() if donor.get(key) != new}
-        exchange = Lineage(place.trial, place.segment, place.report, place.step, changed)
+        exchange = Lineage(place.trial, place.segment, place.report, place.step, self.values, changed)
         behind = sum(one.report < place.report for one in self.record.lineage())
         if self.record.lineage()[behind : behind + 1] != [exchange]:  # else it was made before an interruption
             self.record.forget_after(place.report, behind)

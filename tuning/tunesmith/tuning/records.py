@@ -65,13 +65,15 @@ class Lineage:
         segment: exchanges that trial had behind it.
         report: after which report.
         step: optimizer steps done then.
-        changed: old and new value of what differs from that trial's configuration.
+        values: the configuration with which it goes on: that trial's, perturbed.
+        changed: old and new value of what was perturbed.
     """
 
     source: int
     segment: int
     report: int
     step: int
+    values: dict[str, Any] = field(default_factory=dict)
     changed: dict[str, list[Any]] = field(default_factory=dict)
 
 
@@ -97,10 +99,8 @@ class TrialFolder:
 
     def values_after(self, segment: int | None = None) -> dict[str, Any]:
         """The configuration after so many exchanges; None means all of them."""
-        values = self.values()
-        for lineage in self.lineage()[:segment]:
-            values |= {key: new for key, (_, new) in lineage.changed.items()}
-        return values
+        exchanges = self.lineage()[:segment]
+        return exchanges[-1].values if exchanges else self.values()
 
     def report(self, report: Report) -> None:
         """Appends a report."""

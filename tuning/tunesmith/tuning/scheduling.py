@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,11 @@ def _population(tune: Tune, common: dict[str, Any]) -> PopulationBasedTraining:
 
 
 class _Population(PopulationBasedTraining):
-    """Gives a trial another one's configuration, but not its number."""
+    """Begins with what the searcher proposes, and gives a trial another one's configuration, but not its number."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        # it looks for a searcher, to refuse any: one that expects its proposals to stay as they were would be misled
+        super().on_trial_add(SimpleNamespace(search_alg=None), trial)  # pyright: ignore[reportArgumentType]
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         config, operations = super()._get_new_config(trial, trial_to_clone)
