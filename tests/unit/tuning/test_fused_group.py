@@ -134,3 +134,37 @@ def _a_neighbour(folder: Path) -> None:
 
 def test_the_others_do_not_notice_a_neighbour_to_the_bit(folder: Path) -> None:
     run_workers(1, _a_neighbour, folder)
+
+
+def _top_layers(folder: Path) -> None:
+    torch.set_num_threads(1)
+    top = "model.layers.3.(self_attn|mlp).*_proj"
+    trials = {
+        name: {**trial, "adaptation": {**trial["adaptation"], "target_modules": top}} for name, trial in TRIALS.items()
+    }
+    data = {"packing": True}
+    for name, trial in trials.items():
+        train_here(folder, written(folder, name, **trial, data=data))
+    made = [Recipe.model_validate(written(folder, name, **trial, data=data)) for name, trial in trials.items()]
+    group = group_for(folder, made, lanes=4)
+    assert group.prefix is not None
+    assert group.prefix.depth == 3
+    some = [trial_in(group, folder, one) for one in made]
+    train_all(group, some, STEPS)
+    for trial in some:
+        torch.testing.assert_close(losses_of(trial), losses(folder, trial.key), atol=1e-5, rtol=0)
+    assert group.prefix.computed <= int(group.data.train.lengths.sum()), (
+        "an example went through the frozen layers twice"
+    )
+    assert group.prefix.served > 2 * group.prefix.computed
+    group.prefix.limit = 0
+    again = [trial_in(group, folder, one) for one in made]
+    train_all(group, again, 3)
+    assert [losses_of(trial)[:3] for trial in again] == [losses_of(trial)[:3] for trial in some], (
+        "what is not kept is made anew"
+    )
+
+
+def test_frozen_layers_below_every_adapter_are_computed_once_an_example(folder: Path) -> None:
+    make("llama", folder / "llama", num_hidden_layers=4)
+    run_workers(1, _top_layers, folder)

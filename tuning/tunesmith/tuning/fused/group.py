@@ -26,6 +26,7 @@ from tunesmith.trainers.data.tokens import TokenStore
 from tunesmith.trainers.objectives import OBJECTIVES
 from tunesmith.trainers.packing import pack
 from tunesmith.tuning.fused.lanes import Bucket, Dropout, Lanes, install
+from tunesmith.tuning.fused.prefix import SHARE, Prefix, free_bytes, frozen_depth
 from tunesmith.tuning.fused.trial import Adapter, Trial, Unit
 
 
@@ -95,8 +96,12 @@ class Group:
         self.layout = install(self.model, targets, self.lanes)
         self.objective = OBJECTIVES[recipe.objective.kind]
         self.held_out = self._cut(data.validation, recipe.eval.max_rows)
+        self.prefix: Prefix | None = None
+        """The layers below every adapter; None when there are none, or when their numbers would depend on the row."""
         self.is_steady = lanes == 1 or self._probe(Adapter(self.layout, recipe, device))
         """Whether a lane's numbers are the same to the bit however many lanes the row has; if not, all rows have all lanes."""
+        if self.is_steady:
+            self.prefix = self._shared_prefix(targets)
 
     def tick(self, trials: Sequence[Trial]) -> list[Trial]:
         """One forward and backward for the next units of these trials; returns those whose numbers are no longer finite.
@@ -124,7 +129,7 @@ class Group:
             batches = [collate(self.data.validation, [one], 1.0) for one in packs]
             row = self._row(batches)
             self._share_out([adapter] * len(batches) if adapter else [])
-            for batch, logps_L in zip(row.batches, self._logps(row), strict=True):
+            for batch, logps_L in zip(row.batches, self._logps(row, self.data.validation), strict=True):
                 total -= float(logps_L.double().sum())
                 weight += len(batch.targets)
         self.lanes.buckets = []
@@ -138,7 +143,7 @@ class Group:
         for first in range(0, len(batches), self.count):
             some = batches[first : first + self.count]
             self._share_out([adapter] * len(some))
-            found += [logps_L.float().cpu().numpy() for logps_L in self._logps(self._row(some))]
+            found += [logps_L.float().cpu().numpy() for logps_L in self._logps(self._row(some), store)]
         self.lanes.buckets = []
         return found
 
@@ -156,7 +161,7 @@ class Group:
         """The loss of each lane [N], and the gradient of each lane's adapter, float32 [P]."""
         gradients = self._share_out(adapters, dropouts)
         row, losses = self._row(batches), []
-        for batch, logps_L in zip(batches, self._logps(row), strict=True):
+        for batch, logps_L in zip(batches, self._logps(row, self.data.train), strict=True):
             loss, _ = self.objective(logps_L, batch.to(self.device))
             losses.append(loss)
         made = torch.stack(losses)
@@ -221,20 +226,40 @@ class Group:
             first = last
         return gradients
 
-    def _logps(self, row: Row) -> list[Tensor]:
-        """Float32 [L] for each batch of the row."""
-        outputs = self.model.base_model(
-            input_ids=row.input_ids[None].to(self.device),
-            position_ids=row.position_ids[None].to(self.device),
-            use_cache=False,
-            forest=row.forest,
-        )
-        hidden_NCD = outputs.last_hidden_state[0].view(-1, self.length, outputs.last_hidden_state.shape[-1])
+    def _logps(self, row: Row, store: TokenStore) -> list[Tensor]:
+        """Float32 [L] for each batch of the row, whose examples are of the store."""
+        hidden_TD = self._hidden(row, store)
+        hidden_NCD = hidden_TD.view(-1, self.length, hidden_TD.shape[-1])
         lm_head = self.model.get_output_embeddings()
         return [  # lane by lane: how labels are cut into chunks would else depend on the neighbours
             lm_head(hidden_CD.index_select(0, batch.label_positions.to(self.device)), batch.targets.to(self.device))
             for hidden_CD, batch in zip(hidden_NCD, row.batches, strict=False)
         ]
+
+    def _hidden(self, row: Row, store: TokenStore) -> Tensor:
+        """The last hidden state of a row [N * C, D]."""
+        where: dict[str, Any] = {
+            "position_ids": row.position_ids[None].to(self.device),
+            "use_cache": False,
+            "forest": row.forest,
+        }
+        if self.prefix is None:
+            return self.model.base_model(input_ids=row.input_ids[None].to(self.device), **where).last_hidden_state[0]
+        parts = self.prefix.activations(store, [one for batch in row.batches for one in batch.examples])
+        embeds_NCD = parts[0].new_zeros(len(row.input_ids) // self.length, self.length, parts[0].shape[-1])
+        taken = iter(parts)
+        for lane, batch in enumerate(row.batches):
+            lane_TD = torch.cat([next(taken) for _ in batch.examples])
+            embeds_NCD[lane, : len(lane_TD)] = lane_TD
+        with self.prefix.above():
+            return self.model.base_model(inputs_embeds=embeds_NCD.flatten(0, 1)[None], **where).last_hidden_state[0]
+
+    def _shared_prefix(self, targets: Sequence[str]) -> Prefix | None:
+        depth = frozen_depth(self.model, targets)
+        if depth == 0:
+            return None
+        prefix = Prefix(self.model, depth, self.count * self.length, int(SHARE * free_bytes(self.device)))
+        return prefix if prefix.is_sound(self.data.train, 0) else None
 
 
 def _assign(trials: Sequence[Trial], lanes: int) -> list[tuple[Trial, Unit]]:
