@@ -30,6 +30,10 @@ from tunesmith.tuning.fused.prefix import SHARE, Prefix, free_bytes, frozen_dept
 from tunesmith.tuning.fused.trial import Adapter, Trial, Unit
 
 
+LABEL_ROWS = 8
+"""Labels are scored in multiples of so many for each thread: products of fewer rows are summed in another order."""
+
+
 @dataclass(frozen=True)
 class Row:
     """Several lanes' batches in one row, filled up to equal length.
@@ -178,7 +182,9 @@ class Group:
         with torch.no_grad():
             torch.nn.init.normal_(adapter.weights, std=0.02, generator=torch.Generator(self.device).manual_seed(0))
         store = self.data.train
-        packs = pack(np.flatnonzero(store.trained_counts > 0)[: 64 * self.count], store.lengths, self.length)
+        labelled = np.flatnonzero(store.trained_counts > 0)
+        packs = pack(labelled[: 64 * self.count], store.lengths, self.length)
+        packs[0] = (int(labelled[store.trained_counts[labelled].argmin()]),)  # as few rows as there can be
         batches = [collate(store, [packs[lane % len(packs)]], 1.0) for lane in range(self.count)]
         nothing = Dropout(0.0, torch.Generator(self.device), 0)
 
@@ -230,11 +236,19 @@ class Group:
         """Float32 [L] for each batch of the row, whose examples are of the store."""
         hidden_TD = self._hidden(row, store)
         hidden_NCD = hidden_TD.view(-1, self.length, hidden_TD.shape[-1])
-        lm_head = self.model.get_output_embeddings()
-        return [  # lane by lane: how labels are cut into chunks would else depend on the neighbours
-            lm_head(hidden_CD.index_select(0, batch.label_positions.to(self.device)), batch.targets.to(self.device))
+        found = [
+            (hidden_CD.index_select(0, batch.label_positions.to(self.device)), batch.targets.to(self.device))
             for hidden_CD, batch in zip(hidden_NCD, row.batches, strict=False)
         ]
+        if not self.is_steady:  # how labels are cut into chunks would depend on the neighbours
+            return [self.model.get_output_embeddings()(hidden_LD, target_L) for hidden_LD, target_L in found]
+        counts = [len(target_L) for _, target_L in found]
+        filler = -sum(counts) % (LABEL_ROWS * torch.get_num_threads())
+        last_LD, last_L = found[-1]
+        found += [(last_LD[-1:].expand(filler, -1), last_L[-1:].expand(filler))]
+        hidden_LD, target_L = (torch.cat(parts) for parts in zip(*found, strict=True))
+        logps_L = self.model.get_output_embeddings()(hidden_LD, target_L)
+        return list(logps_L.split([*counts, filler])[:-1])
 
     def _hidden(self, row: Row, store: TokenStore) -> Tensor:
         """The last hidden state of a row [N * C, D]."""
