@@ -105,7 +105,7 @@ def lanes_for(length: int, trials: int, seeds: int, wanted: int | None) -> int:
     if wanted is not None:
         return max(1, min(wanted, trials)) * seeds
     enough = max(1, ROW_TOKENS // length)
-    return max(seeds, min(trials * seeds, max(enough, 4 * seeds)))
+    return max(seeds, min(trials * seeds, enough))
 
 
 def ranks_of(recipe: Recipe, tune: Tune) -> tuple[int, ...]:

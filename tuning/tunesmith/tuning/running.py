@@ -21,6 +21,7 @@ from tunesmith.trainers.stopping import StopSignals
 from tunesmith.tuning.board import Board
 from tunesmith.tuning.eligible import lane_length, lanes_for, ranks_of, targets_of
 from tunesmith.tuning.feasible import Feasibility
+from tunesmith.tuning.fused.seats import MOST_SEATS, Host, seated
 from tunesmith.tuning.fused.training import Fused, answers
 from tunesmith.tuning.isolated import Isolated, places
 from tunesmith.tuning.logical import LogicalTrial, Sweep, Training
@@ -48,6 +49,7 @@ class Trainers:
         concurrent: trials that are trained at once.
         why_not: why a configuration cannot be tried.
         workers: the shared workers, for the winner's model; empty when trials are isolated.
+        host: the actor in which the trials sit; None when each has a process of its own.
     """
 
     training: Training
@@ -55,6 +57,7 @@ class Trainers:
     concurrent: int
     why_not: Callable[[Values], str | None]
     workers: tuple[Any, ...] = ()
+    host: Any = None
 
 
 @contextlib.contextmanager
@@ -66,6 +69,7 @@ def trainers(ground: Ground) -> Iterator[Trainers]:
             yield _isolated(ground, count, name)
         return
     workers = _shared_workers(ground)
+    host = ray.remote(Host).options(num_cpus=0, max_concurrency=MOST_SEATS).remote()
     try:
         ready = answers([worker.start.remote() for worker in workers])
         largest, too_large = ready[0].largest, ready[0].too_large
@@ -77,10 +81,10 @@ def trainers(ground: Ground) -> Iterator[Trainers]:
         names = tuple(_worker_name(ground, index) for index in range(len(workers)))
         training = Fused(names, NAMESPACE, ground.tune.reports)
         lanes = sum(one.lanes for one in ready)
-        yield Trainers(training, ready[0].baseline, max(1, lanes // ground.tune.seeds), why_not, tuple(workers))
+        yield Trainers(training, ready[0].baseline, max(1, lanes // ground.tune.seeds), why_not, tuple(workers), host)
     finally:
-        for worker in workers:
-            ray.kill(worker)
+        for actor in (*workers, host):
+            ray.kill(actor)
 
 
 def search(ground: Ground, who: Trainers, began: float, board: Board, signals: StopSignals) -> None:
@@ -111,7 +115,8 @@ def search(ground: Ground, who: Trainers, began: float, board: Board, signals: S
         run_config=RunConfig(name="tune", storage_path=str(folder.scratch), stop=budget, callbacks=[watch], verbose=0),
     )
     work = _Work(tuner)
-    with _settings():
+    seats = contextlib.nullcontext() if who.host is None else seated(who.host)
+    with _settings(), seats:
         work.start()
         while work.is_alive():
             work.join(POLL_S)

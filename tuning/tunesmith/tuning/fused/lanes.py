@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-LEAST_RANK = 8
+LEAST_RANK = 16
 
 
 def bucket_of(rank: int) -> int:
-    """The rank that adapters of this rank are padded to: the next power of two, at least 8.
+    """The rank that adapters of this rank are padded to: the next power of two, at least 16.
 
     Zeros beyond an adapter's own rank get no gradient, so they stay zero, and change no sum.
     """
