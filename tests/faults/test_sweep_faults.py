@@ -1,0 +1,107 @@
+"""A sweep whose driver or worker is killed goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from sweeps import outcome, results, sweep_recipe
+from tiny_models import make
+from trainings import write_rows
+
+from tunesmith.tuning.records import SweepFolder
+
+PATIENCE_S = 240
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("sweep-faults")
+    make("llama", made / "llama")
+    write_rows(made / "rows.jsonl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder: Path) -> list[tuple[object, ...]]:
+    """What the sweep comes to when nothing happens."""
+    run = start(folder, "unbroken")
+    assert run.wait(PATIENCE_S) == 0, said(folder, "unbroken")
+    return outcome(folder, "unbroken")
+
+
+def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
+    """`tunesmith sweep` of the test's recipe under this name."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(sweep_recipe(folder, name, train={"max_steps": 40}, reports=8)))
+    log = (folder / f"{name}.log").open("ab")
+    command = [sys.executable, "-m", "tunesmith.cluster.main", "sweep", str(path)]
+    return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def said(folder: Path, name: str) -> str:
+    return (folder / f"{name}.log").read_text()[-3000:]
+
+
+def wait_until(run: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert run.poll() is None, "the sweep ended first"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def reports(folder: Path, name: str) -> int:
+    """Reports of all trials so far."""
+    return sum(len(trial.reports()) for trial in SweepFolder(folder / "runs" / name).trials())
+
+
+def test_a_killed_driver_loses_nothing(folder: Path, unbroken: list[tuple[object, ...]]) -> None:
+    run = start(folder, "killed")
+    wait_until(run, lambda: reports(folder, "killed") >= 20)
+    below = psutil.Process(run.pid).children(recursive=True)
+    run.kill()
+    run.wait()
+    psutil.wait_procs(below, timeout=60)
+    kept = {
+        trial.number: (trial.root / "reports.jsonl").read_text()
+        for trial in SweepFolder(folder / "runs" / "killed").trials()
+        if trial.reports()
+    }
+    assert kept
+    again = start(folder, "killed")
+    assert again.wait(PATIENCE_S) == 0, said(folder, "killed")
+    for number, before in kept.items():
+        after = (SweepFolder(folder / "runs" / "killed").trial(number).root / "reports.jsonl").read_text()
+        assert after.startswith(before), f"trial {number} was run again"
+    assert outcome(folder, "killed") == unbroken
+
+
+def test_a_killed_worker_is_replaced(folder: Path, unbroken: list[tuple[object, ...]]) -> None:
+    run = start(folder, "lost")
+    wait_until(run, lambda: reports(folder, "lost") >= 10)
+    shells = [one for one in psutil.Process(run.pid).children(recursive=True) if "Shell" in " ".join(one.cmdline())]
+    assert len(shells) == 1, "the shared worker was not found"
+    shells[0].kill()
+    assert run.wait(PATIENCE_S) == 0, said(folder, "lost")
+    assert outcome(folder, "lost") == unbroken
+
+
+def test_a_sweep_that_is_asked_to_stop_goes_on_later(folder: Path, unbroken: list[tuple[object, ...]]) -> None:
+    run = start(folder, "stopped")
+    wait_until(run, lambda: reports(folder, "stopped") >= 6)
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait(60) == 75, said(folder, "stopped")
+    assert "The same command goes on from there." in said(folder, "stopped")
+    assert not results(folder, "stopped")["complete"]
+    again = start(folder, "stopped")
+    assert again.wait(PATIENCE_S) == 0, said(folder, "stopped")
+    assert outcome(folder, "stopped") == unbroken
