@@ -32,6 +32,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         _apply_override(tree, override, origins)
     recipe = checked(Recipe, tree, origins, path, RecipeError)
     recipe.forget_reads()
+    recipe.written_at({dotted(key): place for key, place in origins.items()})
     return recipe
 
 
