@@ -42,7 +42,7 @@ class Dimension(Section):
     @field_validator("uniform", "loguniform", "randint", mode="before")
     @classmethod
     def _two_ends(cls, written: Any) -> Any:
-        if not isinstance(written, list | tuple) or len(written) != 2:
+        if written is not None and (not isinstance(written, list | tuple) or len(written) != 2):
             raise ValueError(f"a range is [lowest, highest], not {written!r}")
         return written
 
