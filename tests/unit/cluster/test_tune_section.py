@@ -156,6 +156,28 @@ def test_a_recipe_knows_where_its_keys_were_written(tmp_path: Path):
     assert Recipe.model_validate(recipe.model_dump()).where("tune") == ""
 
 
+@pytest.mark.parametrize(
+    ("override", "values"),
+    [
+        (f"tune.space.{RATE}={{choice: [1, 2]}}", [1, 2]),
+        (f"tune.space.{RATE}.uniform=[3, 4]", [3.0, 4.0]),
+    ],
+)
+def test_a_searched_key_is_overridden_on_the_command_line(override: str, values: list, tmp_path: Path):
+    load(tmp_path, searched("{uniform: [1, 2]}"))
+    recipe = load_recipe(tmp_path / "bad.yaml", [override])
+    assert recipe.tune is not None
+    assert recipe.tune.space[RATE].values == values
+
+
+def test_a_mistake_in_an_overridden_searched_key_is_named_as_such(tmp_path: Path):
+    load(tmp_path, searched("{uniform: [1, 2]}"))
+    with pytest.raises(RecipeError) as mistake:
+        load_recipe(tmp_path / "bad.yaml", [f"tune.space.{RATE}.uniform=[2, 1]"])
+    said = mistake.value.what
+    assert f"--set tune.space.{RATE}.uniform=[2, 1]: tune.space.{RATE}.uniform: the range from 2.0" in said
+
+
 def test_numbers_without_a_dot_are_numbers(tmp_path: Path):
     tune = load(tmp_path, searched("{choice: [1e-4, 2E+3, auto, 1.5]}") + "  metric: loss\n").tune
     assert tune is not None

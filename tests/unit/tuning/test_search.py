@@ -304,6 +304,16 @@ def test_adopted_proposals_guide_what_comes_next():
     assert adopting.propose(13) == free.propose(13)
 
 
+def test_what_is_adopted_is_taken_as_it_was_proposed():
+    searcher = Parzen(tune_section(PLANTED))
+    values = {"train.learning_rate": 1.25e-3, "adaptation.lora_dropout": 0.3, "adaptation.rank": 16}
+    searcher.adopt(1, values)
+    searcher.tell(1, [1.0], is_whole=True)
+    (trial,) = searcher._study.trials
+    assert trial.params == {**values, "adaptation.rank": 2}, "lists go by position"
+    assert searcher.propose(2) != values
+
+
 def test_values_of_any_kind_are_proposed_and_adopted():
     of = {
         "adaptation.target_modules": {"choice": ["all-linear", ["q_proj"], ["q_proj", "v_proj"]]},

@@ -89,7 +89,7 @@ def test_keys_are_drawn_independently():
 
 def test_a_conditional_key_is_drawn_where_its_condition_holds_and_leaves_later_keys_as_they_were():
     free = {**CONDITIONAL, "adaptation.lora_alpha": {"choice": [1, 2]}, "train.weight_decay": {"choice": [0.5]}}
-    conditional, unconditional = tune_section(CONDITIONAL).space, tune_section(free).space
+    conditional, unconditional = (tune_section(of | LEARNING_RATE).space for of in (CONDITIONAL, free))
     seen = set()
     for number in range(1, 60):
         values, all_values = draw(conditional, 0, number), draw(unconditional, 0, number)
