@@ -21,7 +21,10 @@ COMMAND_GROUPS = ("tunesmith.serving", "tunesmith.serving.commands")  # names an
 # Where each of these may be imported; a name stands for the module and everything below it.
 HOMES = {
     "deepspeed": {"engine", "checkpoint_files", "export"},
-    "ray": {"fit", "lean", "rendezvous", "service"},
+    "ray": {
+        *("fit", "lean", "rendezvous", "service"),
+        *("fused.training", "isolated", "logical", "running", "scheduling", "search"),
+    },
     "vllm": {"engines.vllm", "engines.vllm_lora"},
 }
 RAY_SESSION = "tunesmith.cluster.session"

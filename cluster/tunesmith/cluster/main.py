@@ -53,13 +53,19 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
     from tunesmith.cluster.recipe.load import load_recipe, resolved
 
     checked = load_recipe(recipe, overrides)
+    kinds, further = f"{checked.objective.kind}, {checked.adaptation.kind}", "`tunesmith train --dry-run` also checks"
+    if checked.tune is not None:
+        from tunesmith.tuning import space
+
+        space.check(checked)
+        kinds += f", a search of {', '.join(checked.tune.space)}"
+        further = "`tunesmith sweep` also checks, before the first trial,"
     if as_json:
         print_json({"valid": True, "recipe": resolved(checked)})
     else:
         say(
             stderr(),
-            f"{recipe} is a valid recipe: {checked.objective.kind}, {checked.adaptation.kind}, run {checked.name} "
-            "(schema only; `tunesmith train --dry-run` also checks the model, the data and the machine)",
+            f"{recipe} is a valid recipe: {kinds}, run {checked.name} (schema only; {further} the model, the data and the machine)",
         )
 
 

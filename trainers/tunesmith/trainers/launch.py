@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from tunesmith.cluster.artifacts import verify
-from tunesmith.cluster.errors import CheckpointError, OutputError, StorageError, UsageError, WorkerError
+from tunesmith.cluster.errors import CheckpointError, OutputError, RecipeError, StorageError, UsageError, WorkerError
 from tunesmith.cluster.events import Ended, Listener, Note, Training, Warned, ignore
 from tunesmith.cluster.identity import Identity, changes, refuse_changes
 from tunesmith.cluster.metrics import read_metrics
@@ -135,6 +135,10 @@ def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore, star
 
     `start_ray` begins to start a local Ray meanwhile; a cluster elsewhere is always asked what it has.
     """
+    if recipe.tune is not None:
+        raise RecipeError(
+            f"{recipe.where('tune')}this recipe has a tune section: run `tunesmith sweep`, or take it out"
+        )
     folder = run_folder(recipe)
     _require_writable(folder.root)
     base = resolve_base(recipe.model.base, recipe.model.revision, folder.root.parent)

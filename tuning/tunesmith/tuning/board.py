@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -43,6 +43,11 @@ class Line:
         """The metric at the last report."""
         return self.reports[-1].value if self.reports else None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether it has a value that can be compared."""
+        return self.value is not None and math.isfinite(self.value)
+
 
 class Board:
     """Keeps what is known of all trials and shows it. Use as a context manager."""
@@ -50,7 +55,6 @@ class Board:
     def __init__(self, console: Console, tune: Tune, trials: int) -> None:
         self.console, self.tune, self.trials = console, tune, trials
         self.lines: dict[int, Line] = {}
-        self.began = time.monotonic()
         self._live: Live | None = None
 
     def __enter__(self) -> Board:
@@ -70,6 +74,11 @@ class Board:
         """A trial was launched."""
         line = self.lines.setdefault(number, Line(number, dict(values)))
         line.state, line.values = "training", dict(values)
+
+    def refuse(self, number: int, values: Mapping[str, Any], why: str) -> None:
+        """A trial cannot be tried, and is not launched."""
+        self.begin(number, values)
+        self.end(number, "infeasible", why)
 
     def report(self, number: int, report: Report) -> None:
         """A trial has reported."""
@@ -97,13 +106,13 @@ class Board:
         return best_of(list(self.lines.values()), self.tune.mode)
 
     def eta(self) -> float | None:
-        """Seconds until every trial would have all its reports, at the pace so far; None before the first report."""
+        """Seconds until every trial would have all its reports, at the sweep's pace so far; None before the first report."""
         done = sum(len(line.reports) if line.state == "training" else self.tune.reports for line in self.lines.values())
-        reported = sum(len(line.reports) for line in self.lines.values())
-        if not reported:
+        reports = [report for line in self.lines.values() for report in line.reports]
+        if not reports:
             return None
         left = self.trials * self.tune.reports - done
-        return max(0.0, left * (time.monotonic() - self.began) / reported)
+        return max(0.0, left * max(report.at for report in reports) / len(reports))
 
     def picture(self) -> Group:
         """The table."""
@@ -142,7 +151,7 @@ class Board:
         sign = 1 if self.tune.mode == "min" else -1
 
         def order(line: Line) -> tuple[bool, float]:
-            return line.state != "training", float("inf") if line.value is None else sign * line.value
+            return line.state != "training", sign * line.value if line.is_finite else math.inf  # type: ignore[operator]
 
         chosen = sorted(self.lines.values(), key=order)[:MOST_ROWS]
         return sorted(chosen, key=lambda line: line.number)
@@ -150,7 +159,7 @@ class Board:
 
 def best_of(lines: list[Line], mode: str) -> Line | None:
     """The line with the best value; of those that have gone furthest among equals."""
-    able = [line for line in lines if line.value is not None and line.state not in ("failed", "infeasible")]
+    able = [line for line in lines if line.is_finite and line.state not in ("failed", "infeasible")]
     sign = 1 if mode == "min" else -1
     return min(able, key=lambda line: (sign * line.value, -len(line.reports)), default=None)  # type: ignore[operator]
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -104,11 +105,13 @@ class TrialFolder:
 
     def report(self, report: Report) -> None:
         """Appends a report."""
-        MetricsLog(self.root / "reports.jsonl").append(asdict(report))
+        MetricsLog(self.root / "reports.jsonl").append(_line(report))
 
     def reports(self) -> list[Report]:
-        """All reports, in order; of a number that was reported twice the later one."""
+        """All reports, in order; of a number that was reported twice the later one. A value that was not finite is NaN."""
         lines = {line["report"]: line for line in read_metrics(self.root / "reports.jsonl")}
+        for line in lines.values():
+            line["value"] = math.nan if line["value"] is None else line["value"]
         return [Report(**lines[number]) for number in sorted(lines)]
 
     def end(self, state: State, why: str = "") -> None:
@@ -135,13 +138,13 @@ class TrialFolder:
 
     def forget_after(self, report: int, segment: int) -> None:
         """Drops what a sweep that takes another course now has noted beyond this report and exchange."""
-        reports, lineage = self.reports(), self.lineage()
-        for name in ("reports.jsonl", "lineage.jsonl", "ended.json"):
-            (self.root / name).unlink(missing_ok=True)
-        for kept in reports[:report]:
-            self.report(kept)
-        for kept in lineage[:segment]:
-            self.descend(kept)
+        kept = {
+            "reports.jsonl": [_line(one) for one in self.reports() if one.report <= report],
+            "lineage.jsonl": [asdict(one) for one in self.lineage()[:segment]],
+        }
+        (self.root / "ended.json").unlink(missing_ok=True)
+        for name, lines in kept.items():
+            write_atomic(self.root / name, "".join(json.dumps(line) + "\n" for line in lines))
         for run in self.root.glob("run-*"):
             if int(run.name.split("-")[1]) > segment:
                 shutil.rmtree(run)
@@ -149,6 +152,15 @@ class TrialFolder:
     def run(self, segment: int, seed: int) -> Path:
         """Folder of one training of the trial: of the stretch since its latest exchange, with one of its seeds."""
         return self.root / f"run-{segment}-{seed}"
+
+
+def _line(report: Report) -> dict[str, Any]:
+    """A report as JSON has it: null for what is not finite."""
+    line = asdict(report)
+    line["figures"] = {name: value for name, value in report.figures.items() if math.isfinite(value)}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+    }
 
 
 class SweepFolder:
@@ -198,4 +210,5 @@ class SweepFolder:
 
     def trials(self) -> list[TrialFolder]:
         """All trials that were begun, by number."""
-        return [TrialFolder(path) for path in sorted((self.root / "trials").glob("[0-9]*")) if path.is_dir()]
+        begun = (self.root / "trials").glob("[0-9]*/values.json")
+        return sorted((TrialFolder(path.parent) for path in begun), key=lambda trial: trial.number)

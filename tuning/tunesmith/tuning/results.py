@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -41,12 +42,13 @@ class Result:
 
 
 def best_trial(trials: list[TrialFolder], mode: str) -> TrialFolder | None:
-    """The trial whose last report is best; failed ones do not count, of equals the first."""
+    """The trial whose last report is best; failed ones and values that are not finite do not count, of equals the first."""
     sign = 1 if mode == "min" else -1
     able = []
     for trial in trials:
         ended, reports = trial.ended(), trial.reports()
-        if reports and not (ended and ended.state in ("failed", "infeasible")):
+        is_able = reports and math.isfinite(reports[-1].value)
+        if is_able and not (ended and ended.state in ("failed", "infeasible")):
             able.append((sign * reports[-1].value, trial.number, trial))
     return min(able, key=lambda one: one[:2])[2] if able else None
 
@@ -107,10 +109,16 @@ def _trial(record: TrialFolder) -> dict[str, Any]:
         "values": record.values_after(),
         "state": ended.state if ended else "running" if reports else "waiting",
         "why": ended.why if ended else "",
-        "value": last.value if last else None,
+        "value": _finite(last.value) if last else None,
         "std": last.std if last else None,
         "reports": [
-            {"report": one.report, "step": one.step, "tokens": one.tokens, "seconds": one.at, "value": one.value}
+            {
+                "report": one.report,
+                "step": one.step,
+                "tokens": one.tokens,
+                "seconds": one.at,
+                "value": _finite(one.value),
+            }
             for one in reports
         ],
         "tokens": last.tokens if last else 0,
@@ -119,3 +127,8 @@ def _trial(record: TrialFolder) -> dict[str, Any]:
             for one in record.lineage()
         ],
     }
+
+
+def _finite(value: float) -> float | None:
+    """The value as JSON has it."""
+    return value if math.isfinite(value) else None

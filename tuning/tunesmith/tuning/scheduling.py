@@ -17,30 +17,15 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from tunesmith.cluster.errors import RecipeError
 from tunesmith.cluster.recipe.tune import Dimension, Tune
+from tunesmith.tuning.space import perturbed
 
 REPORT = "training_iteration"
 """What Ray Tune calls the number of a trial's report."""
 
-PERTURBED = (
-    "train.learning_rate",
-    "train.weight_decay",
-    "train.adam_beta1",
-    "train.adam_beta2",
-    "train.adam_epsilon",
-    "train.max_grad_norm",
-    "adaptation.lora_dropout",
-)
-"""Keys that may change while a trial goes on: none of them changes a shape, the order of the data or what the weights mean."""
-
 
 def scheduler(tune: Tune) -> TrialScheduler:
-    """The scheduler that the `tune` section names.
-
-    Raises:
-        RecipeError: `pbt` has nothing that it may perturb.
-    """
+    """The scheduler that the `tune` section names."""
     common: dict[str, Any] = {"time_attr": REPORT, "metric": tune.metric, "mode": tune.mode}
     if tune.scheduler == "asha":
         grace = min(tune.grace, tune.reports)
@@ -54,24 +39,11 @@ def scheduler(tune: Tune) -> TrialScheduler:
     return FIFOScheduler()
 
 
-def check_population(tune: Tune) -> None:
-    """Refuses `pbt` where it could perturb nothing.
-
-    Raises:
-        RecipeError: naming what may be perturbed.
-    """
-    if tune.scheduler == "pbt" and not any(key in PERTURBED for key in tune.space):
-        raise RecipeError(
-            f"tune.scheduler: pbt changes keys of a trial that goes on, and none of {', '.join(tune.space)} may change then",
-            f"Search one of {', '.join(PERTURBED)}, or use another scheduler.",
-        )
-
-
 def _population(tune: Tune, common: dict[str, Any]) -> PopulationBasedTraining:
-    check_population(tune)
     random.seed(tune.seed)  # it draws from the global generators
     np.random.seed(tune.seed)
-    space = {key: dimension for key, dimension in tune.space.items() if key in PERTURBED}
+    space = perturbed(tune)
+    assert space, "space.check refuses pbt without a key that may change"
     return _Population(
         **common,
         perturbation_interval=tune.grace,

@@ -11,8 +11,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from ray.tune.search import Searcher
 
+from tunesmith.cluster.errors import UsageError
 from tunesmith.cluster.metrics import MetricsLog, read_metrics
 from tunesmith.cluster.recipe.tune import Dimension, Tune
 from tunesmith.tuning.records import SweepFolder
@@ -62,14 +64,14 @@ class Parzen:
 
         optuna.logging.set_verbosity(logging.WARNING)
         self._optuna, self._space = optuna, tune.space
-        self._study = optuna.create_study(
-            direction="minimize" if tune.mode == "min" else "maximize",
-            sampler=optuna.samplers.TPESampler(seed=tune.seed, multivariate=False, n_startup_trials=10),
-        )
+        self._study = optuna.create_study(direction="minimize" if tune.mode == "min" else "maximize")
+        self._seed = tune.seed
         self._asked: dict[int, Any] = {}
 
     def propose(self, number: int) -> Values:
-        """Asks the study."""
+        """Asks the study, with a seed of the number's own: after an interruption the same history proposes the same."""
+        seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
+        self._study.sampler = self._optuna.samplers.TPESampler(seed=seed, multivariate=False, n_startup_trials=10)
         trial = self._study.ask()
         self._asked[number] = trial
         return self._suggest(trial)
@@ -133,11 +135,20 @@ class Journaled(Searcher):
     Args:
         tune: the sweep's section.
         folder: where the journal lies.
-        refuse: why a configuration cannot be tried, found before it is launched; None when it can.
+        refuse: why a configuration cannot be tried, found before it is launched; None when it can. What it raises as a
+            `UsageError` is such a reason too: values may contradict each other.
+        on_refused: told the number, the configuration and the reason of each that cannot be tried.
     """
 
-    def __init__(self, tune: Tune, folder: SweepFolder, refuse: Callable[[Values], str | None]) -> None:
+    def __init__(
+        self,
+        tune: Tune,
+        folder: SweepFolder,
+        refuse: Callable[[Values], str | None],
+        on_refused: Callable[[int, Values, str], None] = lambda number, values, why: None,
+    ) -> None:
         super().__init__(metric=tune.metric, mode=tune.mode)
+        self._on_refused = on_refused
         self._proposer, self._folder, self._refuse = proposer(tune), folder, refuse
         self._journal = MetricsLog(folder.journal)
         self._earlier = {line["trial"]: line["values"] for line in read_metrics(folder.journal)}
@@ -155,11 +166,12 @@ class Journaled(Searcher):
             self._number = number
             record = self._folder.trial(number)
             ended = record.ended()
-            if ended is None and (why := self._refuse(values)) is not None:
+            if ended is None and (why := self._why_not(values)) is not None:
                 record.begin(values)
                 record.end("infeasible", why)
                 ended = record.ended()
             if ended is not None and ended.state == "infeasible":
+                self._on_refused(number, values, ended.why)
                 self._proposer.tell(number, [], is_whole=False)
                 continue
             self._numbers[trial_id] = number
@@ -188,6 +200,12 @@ class Journaled(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: a sweep is started again from its journal."""
+
+    def _why_not(self, values: Values) -> str | None:
+        try:
+            return self._refuse(values)
+        except UsageError as refused:
+            return " ".join(refused.what.split())
 
     def _next(self, number: int) -> Values | None:
         if (values := self._earlier.get(number)) is not None:

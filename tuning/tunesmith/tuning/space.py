@@ -27,8 +27,25 @@ OWN = {
 }
 """Keys that a sweep decides itself."""
 
-SEARCHED_ELSEWHERE = ("name", "output.", "tune.", "cluster.address", "model.base")
+SHARED = ("name", "model.base", "cluster.address", "output.dir", "output.report_to")
 """Keys that make another sweep, not another trial."""
+
+PERTURBED = (
+    "train.learning_rate",
+    "train.weight_decay",
+    "train.adam_beta1",
+    "train.adam_beta2",
+    "train.adam_epsilon",
+    "train.max_grad_norm",
+    "adaptation.lora_dropout",
+)
+"""Keys that may change while a trial goes on: none of them changes a shape, the order of the data or what the weights mean."""
+
+LOOKED_AT = 16
+"""Configurations of a space that are looked at before it is searched."""
+
+FREE_FORM = "adaptation.config."
+"""Below it any key may stand: they are PEFT's."""
 
 
 def check(recipe: Recipe) -> Tune:
@@ -36,7 +53,7 @@ def check(recipe: Recipe) -> Tune:
 
     Raises:
         RecipeError: it has none, a searched key does not exist or cannot take one of its values, nobody reports the metric,
-            or a key contradicts the sweep; the message names the nearest valid names.
+            or a key contradicts the sweep; the message names the line, if there is one, and the nearest valid names.
     """
     tune = recipe.tune
     if tune is None:
@@ -47,20 +64,25 @@ def check(recipe: Recipe) -> Tune:
     if tune.metric not in REPORTED:
         near = difflib.get_close_matches(tune.metric, REPORTED, 1, 0.4)
         raise RecipeError(
-            f"tune.metric: no trial reports {tune.metric!r}; reported are {', '.join(REPORTED)}",
+            f"{recipe.where('tune.metric')}tune.metric: no trial reports {tune.metric!r}; "
+            f"reported are {', '.join(REPORTED)}",
             f"Did you mean {near[0]}?" if near else "",
         )
-    valid = all_keys(Recipe)
+    for key in tune.space:
+        _require_key(recipe, key)
+    _refuse_own_keys(recipe, tune)
     for key, dimension in tune.space.items():
-        _require_key(key, valid)
         for value in dimension.values:
             _require_value(recipe, key, value)
-    written = recipe.model_dump(exclude_unset=True)
-    for key, why in OWN.items():
-        section, _, name = key.partition(".")
-        if name in written.get(section, {}) or key in tune.space:
-            raise RecipeError(f"{key} has no effect in a sweep: {why}", "Take it out.")
+    _require_numbers_of_rows(recipe, tune)
+    _require_something_to_perturb(recipe, tune)
+    _require_a_configuration(recipe, tune)
     return tune
+
+
+def perturbed(tune: Tune) -> dict[str, Dimension]:
+    """What `pbt` changes while a trial goes on. Keys that only some trials have are not among it."""
+    return {key: one for key, one in tune.space.items() if key in PERTURBED and one.when is None}
 
 
 def recipe_of(recipe: Recipe, values: Mapping[str, Any], **train: Any) -> Recipe:
@@ -80,10 +102,19 @@ def recipe_of(recipe: Recipe, values: Mapping[str, Any], **train: Any) -> Recipe
         for section in sections:
             node = node.setdefault(section, {})
         node[last] = value
-    described = ", ".join(f"{key}={value}" for key, value in values.items())
-    made = checked(Recipe, tree, {}, f"{recipe.name} with {described}", RecipeError)
+    made = checked(Recipe, tree, {}, _title(recipe, values), RecipeError)
     made.forget_reads()
     return made
+
+
+def why_no_recipe(recipe: Recipe, values: Mapping[str, Any]) -> str | None:
+    """How these values contradict each other or the rest of the recipe; None when they make a recipe."""
+    try:
+        recipe_of(recipe, values)
+    except UsageError as refused:
+        mistakes = refused.what.splitlines()[1:]
+        return "; ".join(line.strip().removeprefix(f"{_title(recipe, values)}: ") for line in mistakes)
+    return None
 
 
 def draw(space: Mapping[str, Dimension], seed: int, number: int) -> Values:
@@ -123,12 +154,13 @@ def described(space: Mapping[str, Dimension]) -> dict[str, dict[str, Any]]:
     """The space as plain JSON, for reports."""
     found: dict[str, dict[str, Any]] = {}
     for key, dimension in space.items():
-        ends = (
-            {"values": dimension.values}
-            if dimension.is_list
-            else dict(zip(("low", "high"), dimension.values, strict=True))
-        )
-        found[key] = {"kind": dimension.kind, **ends} | ({"when": dimension.when} if dimension.when else {})
+        found[key] = {"kind": dimension.kind}
+        if dimension.is_list:
+            found[key]["values"] = dimension.values
+        else:
+            found[key]["low"], found[key]["high"] = dimension.values
+        if dimension.when:
+            found[key]["when"] = dimension.when
     return found
 
 
@@ -143,18 +175,31 @@ def _draw_one(dimension: Dimension, generator: np.random.Generator) -> Any:
     return float(generator.uniform(low, high))
 
 
-def _require_key(key: str, valid: Sequence[str]) -> None:
-    if key.startswith(SEARCHED_ELSEWHERE):
-        raise RecipeError(f"tune.space.{key}: all trials of a sweep share it", "Run one sweep for each value.")
-    if key in valid and not any(other.startswith(f"{key}.") for other in valid):
+def _title(recipe: Recipe, values: Mapping[str, Any]) -> str:
+    return f"{recipe.name} with {', '.join(f'{key}={value}' for key, value in values.items())}"
+
+
+def _require_key(recipe: Recipe, key: str) -> None:
+    """Refuses what is no key, no plain value, or the same for all trials."""
+    place, valid = f"{recipe.where(f'tune.space.{key}')}tune.space.{key}", all_keys(Recipe)
+    if key in SHARED or key.partition(".")[0] == "tune":
+        raise RecipeError(f"{place}: all trials of a sweep share it", "Run one sweep for each value.")
+    if key.startswith(FREE_FORM):
         return
-    leaves = [one for one in valid if not any(other.startswith(f"{one}.") for other in valid)]
-    last = key.rpartition(".")[2]
-    near = [*dict.fromkeys([*_ending_in(last, leaves), *difflib.get_close_matches(key, leaves, 3, 0.5)])]
-    raise RecipeError(
-        f"tune.space.{key}: a recipe has no such key",
-        f"Did you mean {' or '.join(near[:3])}?" if near else "docs/recipe.md lists all keys.",
-    )
+    inside = [other for other in valid if other.startswith(f"{key}.")]
+    if key.startswith(("data.train", "data.validation")):
+        raise RecipeError(f"{place}: sources are a list, which is not searched", "Run one sweep for each mixture.")
+    if inside:
+        raise RecipeError(f"{place}: a section of keys", f"Search keys of it: {', '.join(dict.fromkeys(inside))}.")
+    if key not in valid:
+        leaves = [one for one in valid if not any(other.startswith(f"{one}.") for other in valid)]
+        leaves = [one for one in leaves if not one.startswith("tune.")]
+        last = key.rpartition(".")[2]
+        near = [*dict.fromkeys(_ending_in(last, leaves))] or difflib.get_close_matches(key, leaves, 3, 0.5)
+        raise RecipeError(
+            f"{place}: a recipe has no such key",
+            f"Did you mean {' or '.join(near[:3])}?" if near else "docs/recipe.md lists all keys.",
+        )
 
 
 def _ending_in(last: str, leaves: Sequence[str]) -> Iterator[str]:
@@ -164,10 +209,67 @@ def _ending_in(last: str, leaves: Sequence[str]) -> Iterator[str]:
         yield from (leaf for leaf, name in zip(leaves, names, strict=True) if name == wanted)
 
 
+def _refuse_own_keys(recipe: Recipe, tune: Tune) -> None:
+    written = recipe.model_dump(exclude_unset=True)
+    for own, why in OWN.items():
+        section, _, name = own.partition(".")
+        searched = next((key for key in tune.space if key == own or key.startswith(f"{own}.")), None)
+        if searched is None and name not in written.get(section, {}):
+            continue
+        place = own if searched is None else f"tune.space.{searched}"
+        raise RecipeError(f"{recipe.where(place)}{place}: has no effect in a sweep: {why}", "Take it out.")
+
+
 def _require_value(recipe: Recipe, key: str, value: Any) -> None:
-    """Tries a value alone, so that what is wrong with it is not blamed on another key."""
-    try:
-        recipe_of(recipe, {key: value})
-    except UsageError as refused:
-        reason = refused.what.partition("\n")[2].strip().removeprefix("<sweep>: ") or refused.what
-        raise RecipeError(f"tune.space.{key}: {value!r} cannot be tried: {reason}", refused.fix) from None
+    """Tries a value with no more than the values under which it is searched, so that it is not blamed for another key's."""
+    assert recipe.tune is not None
+    reason = why_no_recipe(recipe, {**_condition(recipe.tune.space, key), key: value})
+    if reason is not None:
+        raise RecipeError(
+            f"{recipe.where(f'tune.space.{key}')}tune.space.{key}: {value!r} cannot be tried: "
+            f"{reason.removeprefix(f'{key}: ')}"
+        )
+
+
+def _condition(space: Mapping[str, Dimension], key: str) -> Values:
+    """One configuration of the keys above this one under which it is searched."""
+    values: Values = {}
+    for other, wanted in (space[key].when or {}).items():
+        allowed = wanted if isinstance(wanted, list) else [wanted]
+        values |= _condition(space, other)
+        values[other] = next(value for value in space[other].values if value in allowed)
+    return values
+
+
+def _require_numbers_of_rows(recipe: Recipe, tune: Tune) -> None:
+    key = "train.per_device_train_batch_size"
+    searched = tune.space.get(key)
+    settled = searched.values if searched else [recipe.train.per_device_train_batch_size]
+    if "auto" in settled:
+        place = f"tune.space.{key}" if searched else key
+        raise RecipeError(
+            f"{recipe.where(place)}{place}: auto makes batches of trials incomparable", "Write numbers in a sweep."
+        )
+
+
+def _require_something_to_perturb(recipe: Recipe, tune: Tune) -> None:
+    if tune.scheduler == "pbt" and not perturbed(tune):
+        raise RecipeError(
+            f"{recipe.where('tune.scheduler')}tune.scheduler: pbt changes keys of a trial that goes on, and none of "
+            f"{', '.join(tune.space)} may change then",
+            f"Search one of {', '.join(PERTURBED)}, without a condition, or use another scheduler.",
+        )
+
+
+def _require_a_configuration(recipe: Recipe, tune: Tune) -> None:
+    """Refuses a space whose values contradict each other, as far as a few configurations show it."""
+    if tune.searcher == "grid":
+        tried = combinations(tune.space)[:LOOKED_AT]
+    else:
+        tried = [draw(tune.space, tune.seed, number) for number in range(1, LOOKED_AT + 1)]
+    reasons = [why_no_recipe(recipe, values) for values in tried]
+    if None not in reasons:
+        raise RecipeError(
+            f"{recipe.where('tune.space')}tune.space: none of {len(tried)} configurations is a recipe; "
+            f"the first is {_title(recipe, tried[0])}: {reasons[0]}"
+        )

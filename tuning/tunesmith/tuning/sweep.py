@@ -76,6 +76,12 @@ def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore) -> G
     folder = SweepFolder(run_folder(plain).root)
     base = resolve_base(plain.model.base, plain.model.revision, folder.root.parent)
     check_adaptation(plain, base)
+    reason = why_isolated(plain, tune, base_facts(Path(base.path), plain, tune))
+    if tune.execution == "fused" and reason is not None:
+        raise UsageError(
+            f"{recipe.where('tune.execution')}tune.execution: fused is not possible: {reason}",
+            "Use tune.execution: auto, or change what it names.",
+        )
     nodes = [this_machine()] if session.local else session.nodes()
     need = needs(plain.cluster, nodes)
     require_resources(need, nodes)
@@ -86,15 +92,10 @@ def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore) -> G
     prepared = prepare(plain, base, cache)
     if tune.metric == "eval_loss" and len(prepared.validation) == 0:
         raise UsageError(
-            "tune.metric: eval_loss is measured on held-out rows, and none are held out",
+            f"{recipe.where('tune.metric')}tune.metric: eval_loss is measured on held-out rows, and none are held out",
             "Set data.split.validation above 0, name data.validation, or use tune.metric: loss.",
         )
     on_event(Note("\n".join(prepared.report.lines())))
-    reason = why_isolated(plain, tune, base_facts(Path(base.path), plain, tune))
-    if tune.execution == "fused" and reason is not None:
-        raise UsageError(
-            f"tune.execution: fused is not possible: {reason}", "Use tune.execution: auto, or change what it names."
-        )
     if tune.execution == "isolated":
         reason = "the recipe says so"
     return Ground(recipe, tune, folder, base, cache, prepared, nodes, need, session.local, reason)

@@ -36,7 +36,7 @@ def crown(ground: Ground, who: Trainers, began: float, on_event: Listener) -> Re
     if best is None:
         raise TunesmithError(*_nothing(ground, states))
     values = best.values_after()
-    winner = recipe_of(ground.recipe, values).model_copy(update={"name": f"{ground.recipe.name}-winner"})
+    winner = recipe_of(ground.recipe, values).model_copy(update={"name": f"{ground.recipe.name[:56]}-winner"})
     text = yaml.safe_dump(winner.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
     write_atomic(folder.winner_recipe, text)
     on_event(Note(f"trial {best.number} wins; its model is being made"))

@@ -13,6 +13,7 @@ from tunesmith.cluster.errors import RecipeError
 from tunesmith.cluster.recipe.lines import KeyPath, dotted, read_yaml
 from tunesmith.cluster.recipe.mistakes import checked
 from tunesmith.cluster.recipe.schema import Recipe
+from tunesmith.cluster.recipe.tune import Dimension
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -32,6 +33,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         _apply_override(tree, override, origins)
     recipe = checked(Recipe, tree, origins, path, RecipeError)
     recipe.forget_reads()
+    recipe.written_at({dotted(key): place for key, place in origins.items()})
     return recipe
 
 
@@ -67,7 +69,7 @@ def _apply_override(tree: dict[str, Any], override: str, origins: dict[KeyPath, 
         value = yaml.safe_load(text)
     except yaml.YAMLError as bad:
         raise RecipeError(f"--set {override}: the value is not valid YAML: {bad}") from None
-    parts: list[str | int] = [int(part) if part.isdigit() else part for part in key.strip().split(".")]
+    parts = _parts(key.strip())
     node: Any = tree
     for depth, part in enumerate(parts[:-1]):
         child = _child(node, parts[:depth], part, override)
@@ -85,6 +87,15 @@ def _apply_override(tree: dict[str, Any], override: str, origins: dict[KeyPath, 
     container: Any = node
     container[parts[-1]] = value
     origins[tuple(parts)] = f"--set {override}"
+
+
+def _parts(key: str) -> list[str | int]:
+    """The way to a key. One below `tune.space` is a key of the recipe, with dots of its own."""
+    names = key.split(".")
+    if names[:2] == ["tune", "space"] and len(names) > 2:
+        end = len(names) - (names[-1] in Dimension.model_fields)
+        return ["tune", "space", ".".join(names[2:end]), *names[end:]]
+    return [int(name) if name.isdigit() else name for name in names]
 
 
 def _child(node: Any, at: list[str | int], part: str | int, override: str) -> Any:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast, get_args
+from typing import Any, NamedTuple, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -96,16 +96,21 @@ class _Reader(NamedTuple):
         if error["type"] in ("literal_error", "union_tag_invalid"):
             return f"{where}: {key}: {_not_one_of(error)}"
         message = error["msg"].removeprefix("Value error, ")
-        if error["type"] == "value_error":
-            named = tuple(message.partition(":")[0].split("."))  # a mistake of the whole document begins with a key
-            at_named = not location and named in self.origins
-            return f"{self.origins[named]}: {message}" if at_named else f"{where}: {key}: {message}"
+        if error["type"] == "value_error":  # its message may begin with a key of this section
+            named = dotted((*location, message.partition(":")[0]))
+            place = next(
+                (place for written, place in self.origins.items() if written and dotted(written) == named), None
+            )
+            return f"{place}: {dotted((*location, message))}" if place else f"{where}: {key}: {message}"
         own = self._section_at(error["loc"])
         if error["type"] == "model_type" and own is not None:
             found = (
                 "nothing stands under it" if error["input"] is None else f"a section of keys, not {error['input']!r}"
             )
             return f"{where}: {key}: {found}; its keys are {', '.join(own.model_fields)}"
+        if error["type"] == "dict_type":
+            found = "nothing stands under it" if error["input"] is None else f"{error['input']!r} has no keys"
+            return f"{where}: {key}: {found}; it is a mapping of keys to values"
         if error["type"] == "string_pattern_mismatch" and section is not None and location[-1] in section.model_fields:
             meaning = section.model_fields[str(location[-1])].description or message
             return f"{where}: {key}: {error['input']!r} does not fit: {meaning[0].lower()}{meaning[1:]}"
@@ -133,8 +138,12 @@ class _Reader(NamedTuple):
             tags: whether a union of sections counts as none, because no kind was named.
         """
         section: Any = self.root
+        names_an_entry = False  # of a mapping to sections
         for part in loc:
             if isinstance(part, int) or section is None:
+                continue
+            if names_an_entry:
+                names_an_entry = False
                 continue
             if isinstance(section, _Several):
                 section = section.by_kind(part)
@@ -142,7 +151,8 @@ class _Reader(NamedTuple):
             fields = section.model_fields
             candidates = _section_classes(fields[part].annotation) if part in fields else []
             section = None if not candidates else candidates[0] if len(candidates) == 1 else _Several(candidates)
-        return None if tags and isinstance(section, _Several) else section
+            names_an_entry = section is not None and get_origin(fields[part].annotation) is dict
+        return None if names_an_entry or (tags and isinstance(section, _Several)) else section
 
     def _suggest(self, key: str, section: type[BaseModel] | None) -> str:
         """The nearest key of this section, else a key of this name in another one."""
@@ -190,6 +200,8 @@ def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, info in section.model_fields.items():
         keys.append(prefix + name)
+        if get_origin(info.annotation) is dict:
+            continue  # its keys are the user's
         for nested in _section_classes(info.annotation):
             keys += all_keys(cast(type[BaseModel], nested), f"{prefix}{name}.")
     return keys

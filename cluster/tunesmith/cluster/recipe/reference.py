@@ -37,6 +37,10 @@ _LEAST = {"name": "x", "model": {"base": "x"}, "data": {"train": "x"}, "objectiv
 _SAME = {"data.validation"}  # takes what `data.train` takes
 
 
+ENTRY = ".KEY"
+"""Stands for a key of the user's."""
+
+
 def markdown() -> str:
     """The reference: a section for each section of the recipe, a row for each key."""
     schema = Recipe.model_json_schema()
@@ -63,7 +67,7 @@ def _section(schema: dict[str, Any], path: str, definitions: dict[str, Any]) -> 
         for name in _sections_of(field):
             inner = definitions[name]
             kind = inner["properties"].get("kind", {}).get("const")
-            where = f"{path}.{key}".strip(".")
+            where = f"{path}.{key}{ENTRY if _is_mapping(field) else ''}".strip(".")
             if where not in _SAME:
                 yield from _section(inner, f"{where}: {kind}" if kind else where, definitions)
 
@@ -84,13 +88,10 @@ def _value(field: dict[str, Any], path: str, key: str, definitions: dict[str, An
             names = [definitions[_name(option)]["properties"]["kind"]["const"] for option in choices]
             return "one of the sections below: " + ", ".join(f"`{name}`" for name in names)
         return " or ".join(_value(option, path, key, definitions) for option in choices)
+    if _is_mapping(field):
+        return f"a section for each key, [below](#{_anchor(path, key + ENTRY)})"
     if field["type"] == "array":
-        items = field["items"]
-        return (
-            "a path, or a list of sources, [below](#datatrain)"
-            if "$ref" in items
-            else f"a list of {_value(items, path, key, definitions)}"
-        )
+        return _list(field, path, key, definitions)
     words = {
         "string": "text",
         "integer": "whole number",
@@ -99,6 +100,21 @@ def _value(field: dict[str, Any], path: str, key: str, definitions: dict[str, An
         "object": "keys and values",
     }
     return words[field["type"]] + _limits(field)
+
+
+def _list(field: dict[str, Any], path: str, key: str, definitions: dict[str, Any]) -> str:
+    if "prefixItems" in field:
+        return f"`[{', '.join('number' for _ in field['prefixItems'])}]`"
+    items = field["items"]
+    if "$ref" in items:
+        return "a path, or a list of sources, [below](#datatrain)"
+    return f"a list of {_value(items, path, key, definitions)}" if items else "a list"
+
+
+def _is_mapping(field: dict[str, Any]) -> bool:
+    """Whether a key holds sections under keys of the user's."""
+    inside = field.get("additionalProperties")
+    return isinstance(inside, dict) and "$ref" in inside
 
 
 def _purpose(field: dict[str, Any], definitions: dict[str, Any]) -> str:
@@ -123,8 +139,10 @@ def _limits(field: dict[str, Any]) -> str:
 def _sections_of(field: dict[str, Any]) -> list[str]:
     """Names of the sections that a key holds, in the schema's definitions."""
     found = [_name(field)] if "$ref" in field else []
-    for option in [*field.get("allOf", []), *field.get("oneOf", []), *field.get("anyOf", []), field.get("items", {})]:
-        found += _sections_of(option) if option else []
+    for option in [*field.get("allOf", []), *field.get("oneOf", []), *field.get("anyOf", [])]:
+        found += _sections_of(option)
+    for name in ("items", "additionalProperties"):
+        found += _sections_of(field[name]) if isinstance(field.get(name), dict) else []
     return list(dict.fromkeys(found))
 
 
@@ -133,8 +151,8 @@ def _name(reference: dict[str, Any]) -> str:
 
 
 def _anchor(path: str, key: str) -> str:
-    """As code hosts make it from a heading: dots fall away."""
-    return f"{path}.{key}".replace(".", "")
+    """As code hosts make it from a heading: dots fall away, capitals too."""
+    return f"{path}.{key}".replace(".", "").lower()
 
 
 def _spelled(value: Any) -> str:

@@ -5,9 +5,10 @@ Neither torch nor ray is imported here. The reference in docs/recipe.md is gener
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, field_validator, model_validator
 
 from tunesmith.cluster.recipe.section import Section
 from tunesmith.cluster.recipe.tune import Tune
@@ -323,6 +324,16 @@ class Recipe(Section):
     """Where it goes."""
     tune: Tune | None = None
     """What `tunesmith sweep` searches."""
+
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def written_at(self, places: Mapping[str, str]) -> None:
+        """Notes where each dotted key was written, as `file:line`."""
+        self._places = dict(places)
+
+    def where(self, key: str) -> str:
+        """`file:line: ` of a key, to begin a message with; empty for a key that was not read from a file."""
+        return f"{self._places[key]}: " if key in self._places else ""
 
     @field_validator("objective", "adaptation", mode="before")
     @classmethod

@@ -5,13 +5,16 @@ Neither torch nor ray is imported here.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from tunesmith.cluster.recipe.section import Section
 
 KINDS = ("choice", "uniform", "loguniform", "randint", "grid")
+SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+"""Numbers that YAML takes for text because they lack a dot or a sign: 1e-4."""
 
 
 class Dimension(Section):
@@ -20,16 +23,28 @@ class Dimension(Section):
     choice: list[Any] | None = None
     """Values, each as likely as the others."""
     uniform: tuple[float, float] | None = None
-    """Lowest and highest number, every one between them as likely."""
+    """The lowest and the highest number; every one between them is as likely."""
     loguniform: tuple[PositiveFloat, PositiveFloat] | None = None
-    """Lowest and highest positive number, every order of magnitude between them as likely."""
+    """The same of positive numbers, every order of magnitude as likely."""
     randint: tuple[int, int] | None = None
-    """Lowest and highest whole number, both included."""
+    """The lowest and the highest whole number, both included."""
     grid: list[Any] | None = None
-    """Values that are all tried, each with every combination of the other grids."""
+    """Values that `searcher: grid` tries with every combination of the others; to other searchers the same as `choice`."""
     when: dict[str, Any] | None = None
     """The key is searched only where other searched keys have these values: `{adaptation.rank: [8, 16]}`. Elsewhere it is
     what the recipe says."""
+
+    @field_validator("choice", "grid", "when", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, written: Any) -> Any:
+        return _with_numbers(written)
+
+    @field_validator("uniform", "loguniform", "randint", mode="before")
+    @classmethod
+    def _two_ends(cls, written: Any) -> Any:
+        if written is not None and (not isinstance(written, list | tuple) or len(written) != 2):
+            raise ValueError(f"a range is [lowest, highest], not {written!r}")
+        return written
 
     @model_validator(mode="after")
     def _one_range_that_holds_something(self) -> Dimension:
@@ -87,7 +102,7 @@ class Tune(Section):
     """Trained tokens, over all trials, after which none goes on."""
     seeds: PositiveInt = 1
     """Runs of each configuration, with `train.seed` and the seeds that follow it; the metric is their mean."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seeds the searcher and the scheduler."""
     reports: PositiveInt = 8
     """Times that a trial is evaluated, after equal shares of its steps: what schedulers count in."""
@@ -127,6 +142,15 @@ class Tune(Section):
         if self.final_seeds > 1 and self.final != "retrain":
             raise ValueError("final_seeds: only final: retrain trains the winner anew")
         return self
+
+
+def _with_numbers(written: Any) -> Any:
+    """Lists and mappings with numbers in place of the texts that YAML made of them."""
+    if isinstance(written, list):
+        return [_with_numbers(one) for one in written]
+    if isinstance(written, dict):
+        return {key: _with_numbers(one) for key, one in written.items()}
+    return float(written) if isinstance(written, str) and SCIENTIFIC.fullmatch(written) else written
 
 
 def _check_condition(space: dict[str, Dimension], key: str, other: str, values: Any) -> None:

@@ -1,0 +1,167 @@
+"""Ray Tune's schedulers as the `tune` section sets them up."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from sweep_recipes import tune_section
+
+from tunesmith.tuning.scheduling import REPORT, _within, scheduler
+
+SPACE = {
+    "train.learning_rate": {"loguniform": [1e-4, 1e-2]},
+    "train.weight_decay": {"choice": [0.0, 0.1, 0.2]},
+    "adaptation.lora_dropout": {"uniform": [0.0, 0.2]},
+    "adaptation.rank": {"choice": [4, 8]},
+}
+
+
+def population(**tune: Any) -> PopulationBasedTraining:
+    made = scheduler(tune_section(SPACE, scheduler="pbt", **tune))
+    assert isinstance(made, PopulationBasedTraining)
+    return made
+
+
+class OneTrial:
+    """As much of Ray Tune's trial as its schedulers look at."""
+
+    run_metadata = SimpleNamespace(
+        checkpoint_manager=SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
+    )
+    experiment_tag = ""
+
+    def __init__(self, number: int, config: dict[str, Any]) -> None:
+        self.trial_id, self.config, self.evaluated_params = f"t{number}", {"trial": number, **config}, {}
+
+
+def trial(number: int, **config: Any) -> Any:
+    return OneTrial(number, config)
+
+
+def values(rate: float = 1e-3) -> dict[str, Any]:
+    return {
+        "train.learning_rate": rate,
+        "train.weight_decay": 0.1,
+        "adaptation.lora_dropout": 0.1,
+        "adaptation.rank": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("asha", ASHAScheduler),
+        ("hyperband", HyperBandScheduler),
+        ("median", MedianStoppingRule),
+        ("pbt", PopulationBasedTraining),
+    ],
+)
+def test_each_counts_in_reports_and_compares_the_metric(name: str, kind: type[TrialScheduler]):
+    made: Any = scheduler(tune_section(SPACE, scheduler=name, metric="loss", mode="max"))
+    assert isinstance(made, kind)
+    assert made._time_attr == REPORT == "training_iteration"
+    assert made._metric == "loss"
+    assert made._mode == "max" if hasattr(made, "_mode") else made._metric_op == 1.0
+
+
+def test_nobody_stops_trials_under_none():
+    assert type(scheduler(tune_section(SPACE, scheduler="none"))) is FIFOScheduler
+
+
+def test_asha_has_its_rungs_where_grace_and_reduction_say():
+    made: Any = scheduler(tune_section(SPACE, reports=18, grace=2, reduction=3))
+    rungs = [milestone for milestone, _ in made._brackets[0]._rungs]
+    assert sorted(rungs) == [2, 6, 18]
+    assert made._max_t == 18
+
+
+def test_asha_lets_one_of_so_many_go_on():
+    made: Any = scheduler(tune_section(SPACE, reports=9, reduction=3))
+    bracket = made._brackets[0]
+    decisions = [bracket.on_result(trial(n), 1, -value) for n, value in enumerate([1.0, 2.0, 3.0, 0.5, 2.5])]
+    assert decisions == ["CONTINUE", "STOP", "STOP", "CONTINUE", "STOP"]
+
+
+def test_a_grace_beyond_the_last_report_stops_nobody():
+    made: Any = scheduler(tune_section(SPACE, reports=3, grace=50))
+    assert [milestone for milestone, _ in made._brackets[0]._rungs] == [3]
+
+
+def test_hyperband_knows_the_last_report_and_the_reduction():
+    made: Any = scheduler(tune_section(SPACE, scheduler="hyperband", reports=27, reduction=3))
+    assert (made._max_t_attr, made._eta, made._s_max_1) == (27, 3, 4)
+
+
+def test_median_waits_for_the_grace():
+    made: Any = scheduler(tune_section(SPACE, scheduler="median", grace=4))
+    assert (made._grace_period, made._min_samples_required) == (4, 3)
+
+
+def test_a_population_exchanges_together_at_every_grace_and_perturbs_what_may_change():
+    made: Any = population(grace=2)
+    assert (made._perturbation_interval, made._synch) == (2, True)
+    assert set(made._hyperparam_mutations) == set(SPACE) - {"adaptation.rank"}
+    assert made._hyperparam_mutations["train.weight_decay"] == [0.0, 0.1, 0.2]
+
+
+def test_a_key_that_only_some_trials_have_is_not_perturbed():
+    of = SPACE | {"train.max_grad_norm": {"uniform": [0.5, 1], "when": {"adaptation.rank": 8}}}
+    made: Any = scheduler(tune_section(of, scheduler="pbt"))
+    assert "train.max_grad_norm" not in made._hyperparam_mutations
+
+
+def test_a_population_takes_what_a_searcher_proposed_as_it_is():
+    from ray.tune.search import Searcher, SearchGenerator
+
+    made: Any = population()
+    one = trial(1, **values())
+    before = dict(one.config)
+    made.on_trial_add(SimpleNamespace(search_alg=SearchGenerator(Searcher(metric="loss", mode="min"))), one)
+    assert one.config == before
+
+
+def test_a_perturbed_number_stays_in_its_range():
+    space = tune_section(SPACE).space
+    config = {"trial": 3, "train.learning_rate": 0.5, "adaptation.lora_dropout": -0.1, "train.weight_decay": 7}
+    assert _within(space, config) == {
+        "trial": 3,
+        "train.learning_rate": 1e-2,
+        "adaptation.lora_dropout": 0.0,
+        "train.weight_decay": 7,
+    }
+    assert _within(space, {"train.learning_rate": 2e-4}) == {"train.learning_rate": 2e-4}
+
+
+def test_a_clone_has_the_donors_values_perturbed_within_their_ranges_and_its_own_number():
+    made: Any = population()
+    random.seed(0)
+    np.random.seed(0)
+    taken = [made._get_new_config(trial(7, **values()), trial(2, **values(9e-3)))[0] for _ in range(200)]
+    assert {config["trial"] for config in taken} == {7}
+    assert {config["adaptation.rank"] for config in taken} == {4}
+    rates = {config["train.learning_rate"] for config in taken}
+    assert all(1e-4 <= rate <= 1e-2 for rate in rates)
+    assert {1e-2, 9e-3 * 0.8} <= rates, "upwards it is held at the end, downwards it is free"
+    assert len(rates) > 2, "some are drawn anew"
+    assert {config["train.weight_decay"] for config in taken} == {0.0, 0.1, 0.2}
+
+
+def test_what_a_population_draws_depends_on_the_seed():
+    def drawn(seed: int) -> list[Any]:
+        made: Any = population(seed=seed)
+        return [made._get_new_config(trial(7, **values()), trial(2, **values()))[0] for _ in range(10)]
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
