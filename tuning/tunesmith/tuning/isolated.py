@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -18,9 +18,11 @@ from tunesmith.cluster.errors import StoppedError, TunesmithError, WorkerError
 from tunesmith.cluster.metrics import read_metrics
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.runs import RunFolder
-from tunesmith.trainers.data.prepare import open_prepared
+from tunesmith.trainers.data.prepare import prepare
+from tunesmith.trainers.models import resolve_base
 from tunesmith.trainers.packing import BatchPlan
 from tunesmith.tuning.logical import Progress
+from tunesmith.tuning.space import recipe_of
 
 POLL_S = 0.2
 ALL_CHECKPOINTS = 1_000_000
@@ -109,7 +111,7 @@ class _Run(threading.Thread):
         self.folder = RunFolder(root)
         self.step, self.failure = step, None
         self._source = source
-        self.recipe, self.every, self.total_steps = _as_run(training, recipe, root)
+        self.recipe, self.every, self.total_steps = as_run(training, recipe, root)
 
     def run(self) -> None:
         from tunesmith.trainers import launch
@@ -160,37 +162,36 @@ class _Run(threading.Thread):
         part.rename(self.folder.checkpoints / name)
 
 
-def _as_run(training: Isolated, recipe: Recipe, root: Path) -> tuple[Recipe, int, int]:
-    """The trial's recipe as a run that evaluates and saves at each report, the steps between two, and those of the whole."""
-    from tunesmith.trainers.data.prepare import prepare
-    from tunesmith.trainers.models import resolve_base
-    from tunesmith.tuning.space import recipe_of
+class AsRun(NamedTuple):
+    """A trial's recipe as a run that evaluates and saves at each report.
 
+    Attributes:
+        every: optimizer steps between two reports.
+        total_steps: of the whole trial.
+    """
+
+    recipe: Recipe
+    every: int
+    total_steps: int
+
+
+def as_run(training: Isolated, recipe: Recipe, root: Path) -> AsRun:
+    """What is trained in the folder `root`."""
     quiet = recipe.model_copy(deep=True)
-    base = resolve_base(quiet.model.base, quiet.model.revision, root.parent.parent.parent.parent)
+    runs = training.cache.parent.parent
+    base = resolve_base(quiet.model.base, quiet.model.revision, runs)
     data = prepare(quiet, base, training.cache)
-    data = open_prepared(training.cache, data.fingerprint)
-    rows = quiet.train.per_device_train_batch_size
-    if rows == "auto":
-        raise WorkerError(
-            "train.per_device_train_batch_size: auto is settled by the planner; write a number in a sweep"
-        )
     plan = BatchPlan.of(quiet, data, quiet.cluster.workers)
     total = plan.total_steps(quiet.train.epochs, quiet.train.max_steps)
     every = math.ceil(total / training.reports)
-    changes: dict[str, Any] = {
-        "train.save_steps": every,
-        "output.dir": str(root.parent),
-        "output.report_to": [],
-    }
+    changes: dict[str, Any] = {"train.save_steps": every, "output.dir": str(root.parent), "output.report_to": []}
     if len(data.validation):
         changes["train.eval_steps"] = every
     if training.keeps_all:
         changes["train.save_total_limit"] = ALL_CHECKPOINTS
     if training.address is not None:
         changes["cluster.address"] = training.address
-    tree = recipe.model_copy(update={"name": root.name})
-    return recipe_of(tree, changes), every, total
+    return AsRun(recipe_of(recipe.model_copy(update={"name": root.name}), changes), every, total)
 
 
 def _figures(lines: list[dict[str, Any]]) -> dict[str, float]:

@@ -195,6 +195,11 @@ class SweepFolder:
         return self.root / "results.json"
 
     @property
+    def result(self) -> Path:
+        """What a sweep that has come to its end answered, and what it had been asked."""
+        return self.root / "result.json"
+
+    @property
     def report(self) -> Path:
         """The report."""
         return self.root / "report.html"

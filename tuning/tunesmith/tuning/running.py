@@ -84,7 +84,7 @@ def trainers(ground: Ground) -> Iterator[Trainers]:
         yield Trainers(training, ready[0].baseline, max(1, lanes // ground.tune.seeds), why_not, tuple(workers), host)
     finally:
         for actor in (*workers, host):
-            ray.kill(actor)
+            ray.kill(actor)  # pyright: ignore[reportArgumentType]
 
 
 def search(ground: Ground, who: Trainers, began: float, board: Board, signals: StopSignals) -> None:
@@ -99,7 +99,7 @@ def search(ground: Ground, who: Trainers, began: float, board: Board, signals: S
     budget = Budget(ground, began, watch)
     signals.stop_with(budget.stop)
     sweep = Sweep(folder.root, ground.recipe.model_dump(mode="json", exclude_unset=True), who.training, began)
-    journaled = Journaled(tune, folder, who.why_not)
+    journaled = Journaled(tune, folder, who.why_not, board.refuse)
     limit = None if tune.scheduler in PAUSING else tune.concurrent or who.concurrent
     tuner = Tuner(
         ray_tune.with_resources(

@@ -27,7 +27,16 @@ OWN = {
 }
 """Keys that a sweep decides itself."""
 
-SHARED = ("name", "model.base", "cluster.address", "output.dir", "output.report_to")
+SHARED = (
+    "name",
+    "model.base",
+    "cluster.address",
+    "cluster.workers",
+    "cluster.gpus_per_worker",
+    "cluster.cpus_per_worker",
+    "output.dir",
+    "output.report_to",
+)
 """Keys that make another sweep, not another trial."""
 
 PERTURBED = (

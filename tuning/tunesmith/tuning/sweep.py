@@ -10,14 +10,16 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from tunesmith.cluster.artifacts import verify
 from tunesmith.cluster.base import BaseRef
-from tunesmith.cluster.errors import UsageError
-from tunesmith.cluster.events import Listener, Note, ignore
+from tunesmith.cluster.errors import CheckpointError, UsageError
+from tunesmith.cluster.events import Listener, Note, Warned, ignore
 from tunesmith.cluster.identity import Identity, refuse_changes
 from tunesmith.cluster.recipe.load import resolved
 from tunesmith.cluster.recipe.schema import Recipe
@@ -26,8 +28,10 @@ from tunesmith.cluster.resources import Need, Node, needs, require_resources, th
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.session import RaySession
 from tunesmith.cluster.storage import write_atomic
+from tunesmith.trainers import zero
 from tunesmith.trainers.data.build import look_at
 from tunesmith.trainers.data.prepare import Prepared, effective_max_length, prepare
+from tunesmith.trainers.idle_keys import refuse_idle_keys
 from tunesmith.trainers.launch import run_folder
 from tunesmith.trainers.models import check_adaptation, resolve_base
 from tunesmith.trainers.stopping import StopSignals
@@ -75,6 +79,7 @@ def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore) -> G
     plain = space.recipe_of(recipe, {})
     folder = SweepFolder(run_folder(plain).root)
     base = resolve_base(plain.model.base, plain.model.revision, folder.root.parent)
+    refuse_idle_keys(plain, base)
     check_adaptation(plain, base)
     reason = why_isolated(plain, tune, base_facts(Path(base.path), plain, tune))
     if tune.execution == "fused" and reason is not None:
@@ -85,6 +90,7 @@ def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore) -> G
     nodes = [this_machine()] if session.local else session.nodes()
     need = needs(plain.cluster, nodes)
     require_resources(need, nodes)
+    zero.precision(plain, on_gpu=need.gpus > 0)
     for source in [*plain.data.train, *(plain.data.validation or [])]:
         look_at(source)
     effective_max_length(plain, base)
@@ -119,6 +125,8 @@ def run(recipe: Recipe, on_event: Listener = ignore, console: Console | None = N
         folder.root.mkdir(parents=True, exist_ok=True)
         stack.enter_context(RunFolder(folder.root).lock())
         _remember(ground)
+        if (answered := _answered(ground, on_event)) is not None:
+            return answered
         session.start()
         trials_before = len(folder.trials())
         if trials_before:
@@ -136,7 +144,9 @@ def run(recipe: Recipe, on_event: Listener = ignore, console: Console | None = N
                 write_results(ground, who.baseline, began, complete=signals.received is None)
             if signals.received is not None:
                 raise signals.error(_count(folder))
-            return crown(ground, who, began, on_event)
+            result = crown(ground, who, began, on_event)
+        write_atomic(folder.result, json.dumps({"asked": _asked(ground.tune), "result": asdict(result)}, indent=1))
+        return result
 
 
 def _say_how(ground: Ground, on_event: Listener) -> None:
@@ -160,6 +170,28 @@ def _remember(ground: Ground) -> None:
 def _count(folder: SweepFolder) -> str:
     ended = sum(trial.ended() is not None for trial in folder.trials())
     return f"{ended} ended and {len(folder.trials()) - ended} unfinished"
+
+
+def _asked(tune: Tune) -> dict[str, Any]:
+    return {key: value for key, value in tune.model_dump(mode="json").items() if key in FREE}
+
+
+def _answered(ground: Ground, on_event: Listener) -> Result | None:
+    """The result of a sweep that was asked the same and has come to its end; None where there is something to do."""
+    try:
+        known = json.loads(ground.folder.result.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if known["asked"] != _asked(ground.tune):
+        return None
+    result = Result(**known["result"])
+    try:
+        verify(Path(result.artifact))
+    except CheckpointError as damaged:
+        on_event(Warned(f"the winner's model is made anew: {damaged.what}"))
+        return None
+    on_event(Note(f"sweep {ground.recipe.name} is finished already; its winner is whole: {result.artifact}"))
+    return result
 
 
 @contextlib.contextmanager

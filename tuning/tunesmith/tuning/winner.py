@@ -13,6 +13,7 @@ from tunesmith.cluster.events import Listener, Note
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.storage import write_atomic
 from tunesmith.tuning.fused.training import answers
+from tunesmith.tuning.isolated import Isolated, as_run
 from tunesmith.tuning.records import SweepFolder, TrialFolder
 from tunesmith.tuning.results import Result, best_trial, write_results
 from tunesmith.tuning.space import recipe_of
@@ -46,7 +47,8 @@ def crown(ground: Ground, who: Trainers, began: float, on_event: Listener) -> Re
     elif who.workers:
         artifact = _export(who.workers, ground, best, values)
     else:
-        artifact = _finish(ground, best, on_event)
+        assert isinstance(who.training, Isolated), "trials without shared workers are isolated"
+        artifact = _finish(who.training, best, recipe_of(ground.recipe, values), on_event)
     last = best.reports()[-1]
     shown = {"artifact": str(artifact), "winner": str(folder.winner_recipe), "retrained": retrained}
     write_results(ground, who.baseline, began, complete=True, **shown)
@@ -65,13 +67,11 @@ def _export(workers: Sequence[Any], ground: Ground, best: TrialFolder, values: d
     return Path(artifact)
 
 
-def _finish(ground: Ground, best: TrialFolder, on_event: Listener) -> Path:
+def _finish(training: Isolated, best: TrialFolder, recipe: Recipe, on_event: Listener) -> Path:
     """The model of a trial that had workers of its own; one that was stopped early is trained to its end first."""
     from tunesmith.trainers import launch
 
-    run = _run_of(best)
-    recipe = Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
-    return Path(launch.run(recipe, on_event=on_event).artifact)
+    return Path(launch.run(as_run(training, recipe, _run_of(best)).recipe, on_event=on_event).artifact)
 
 
 def _retrain(ground: Ground, values: dict[str, Any], on_event: Listener) -> tuple[Path, dict[str, Any]]:

@@ -29,7 +29,6 @@ from tunesmith.tuning.fused.lanes import Bucket, Dropout, Lanes, install
 from tunesmith.tuning.fused.prefix import SHARE, Prefix, free_bytes, frozen_depth
 from tunesmith.tuning.fused.trial import Adapter, Trial, Unit
 
-
 LABEL_ROWS = 8
 """Labels are scored in multiples of so many for each thread: products of fewer rows are summed in another order."""
 

@@ -67,7 +67,7 @@ class _SeatClass(ActorClass):
         """A seat needs nothing of its own."""
         return self
 
-    def remote(self, **settings: Any) -> _Seat:
+    def remote(self, **settings: Any) -> Any:
         """A new seat, on which the trial is made."""
         number = next(self._numbers)
         return _Seat(self._host, number, self._host.sit.remote(number, ray.put(self._trainable), settings))
