@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast, get_args
+from typing import Any, NamedTuple, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -16,6 +16,9 @@ from tunesmith.cluster.recipe.lines import KeyPath, dotted
 from tunesmith.cluster.recipe.section import Section
 
 Document = TypeVar("Document", bound=Section)
+
+_OF_A_NAME = "[key]"
+"""What pydantic adds to a location when the name itself is wrong."""
 
 
 def checked(
@@ -117,7 +120,7 @@ class _Reader(NamedTuple):
         kept: list[str | int] = []
         for index, part in enumerate(loc):
             is_name = isinstance(part, str) and self._is_name_of_member(part, loc[:index])
-            if (*kept, part) in self.origins or (isinstance(part, str) and not is_name):
+            if (*kept, part) in self.origins or (isinstance(part, str) and not is_name and part != _OF_A_NAME):
                 kept.append(part)
         return tuple(kept)
 
@@ -133,8 +136,12 @@ class _Reader(NamedTuple):
             tags: whether a union of sections counts as none, because no kind was named.
         """
         section: Any = self.root
+        is_free = False  # the next part is a name that the writer chose, of one section among several
         for part in loc:
             if isinstance(part, int) or section is None:
+                continue
+            if is_free:
+                is_free = False
                 continue
             if isinstance(section, _Several):
                 section = section.by_kind(part)
@@ -142,6 +149,7 @@ class _Reader(NamedTuple):
             fields = section.model_fields
             candidates = _section_classes(fields[part].annotation) if part in fields else []
             section = None if not candidates else candidates[0] if len(candidates) == 1 else _Several(candidates)
+            is_free = section is not None and get_origin(fields[part].annotation) is dict
         return None if tags and isinstance(section, _Several) else section
 
     def _suggest(self, key: str, section: type[BaseModel] | None) -> str:
