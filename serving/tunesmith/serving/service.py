@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -187,6 +187,7 @@ class RayBackend:
 
     def __init__(self, engines: dict[str, DeploymentHandle], gateway: str) -> None:
         self._engines, self._gateway = engines, gateway
+        self._awaited = set(engines)
         self._desk: Any = ray.get_actor(DESK, NAMESPACE)
         self._beating: asyncio.Task[None] | None = None
 
@@ -216,13 +217,16 @@ class RayBackend:
         return await self._at_desk("metrics", authorization)
 
     async def ready(self) -> bool:
-        """Whether the desk answers; gateways come up once every base has a replica."""
+        """Whether the desk answers, and every base has had a replica: gateways come up before the engines have loaded."""
         try:
             async with asyncio.timeout(5):
                 await self._desk.hear.remote(self._gateway)
-        except (TimeoutError, RayActorError):
+                if self._awaited:
+                    there: Any = (await asyncio.to_thread(serve.status)).applications[APPLICATION].deployments
+                    self._awaited -= {n for n in self._awaited if there[f"engine-{n}"].replica_states.get("RUNNING")}
+        except (TimeoutError, RayError, KeyError):
             return False
-        return True
+        return not self._awaited
 
     async def generate(self, base: str, ask: Ask) -> AsyncIterator[Piece]:
         """Pieces from any replica; one that dies before its first piece is replaced by another.
