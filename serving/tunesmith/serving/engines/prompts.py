@@ -98,7 +98,7 @@ def _of_conversation(messages: list[Any], tokenizer: Any) -> list[int]:
         )
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise RequestError(f"the chat template refuses this conversation: {reason}", param="messages") from error
 

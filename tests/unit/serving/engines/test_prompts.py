@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from tunesmith.cluster.errors import RequestError
 from tunesmith.serving.engines import prompts
 from tunesmith.serving.engines.protocol import Ask, Sampling
 
@@ -36,3 +37,13 @@ def test_a_long_prompt_is_tokenised_beside_the_loop_and_a_short_one_in_it(prompt
 
     asyncio.run(main())
     assert tokenizer.threads[0] == threading.get_ident() != tokenizer.threads[1]
+
+
+@pytest.mark.parametrize("error", [OverflowError("range too big"), ZeroDivisionError(), IndexError(), RecursionError()])
+def test_what_a_template_fails_with_is_the_requests_failure(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_given: object, **_settings: object) -> list[int]:
+        raise error
+
+    monkeypatch.setattr(Tokenizer, "apply_chat_template", fails)
+    with pytest.raises(RequestError, match="the chat template refuses this conversation"):
+        prompts.tokens_of(Ask("1", [{"role": "user", "content": "a"}]), Tokenizer(), 10, 10)
