@@ -13,7 +13,7 @@ import pytest
 from adapters import make_adapter
 from peft import LoraConfig, TaskType
 from serving_load import a_client
-from serving_service import QUESTION, RANKS, Service, oracle, serving
+from serving_service import QUESTION, RANKS, Service, oracle, processes, serving
 from transformers import AutoTokenizer
 
 from tunesmith.cluster.session import RaySession
@@ -91,3 +91,25 @@ def test_an_adapter_that_it_does_not_serve_is_refused_each_time_and_nothing_else
         assert answer.status_code == 422, answer.text
         assert "does not serve DoRA" in answer.json()["error"]["message"]
     assert fast.post("/v1/completions", {**asked, "model": "medium"}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_greedy_answers_are_all_the_likeliest(fast: Service, stream: bool) -> None:
+    asked: Any = {"model": "medium", "prompt": PROMPTS[0], "max_tokens": 6, "temperature": 0}
+    one = fast.post("/v1/completions", asked).json()["choices"][0]["text"]
+    texts = dict.fromkeys(range(3), "")
+    client = fast.client(_strict_response_validation=False)
+    made = client.completions.create(**asked, n=3, stream=stream)
+    for chunk in made if stream else [made]:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == dict.fromkeys(range(3), one)
+
+
+def test_a_replica_ends_with_its_engine_and_a_new_one_answers(fast: Service) -> None:
+    """The last test here: the replica that comes has loaded nothing."""
+    replica = processes("ray::ServeReplica:tunesmith:engine-tiny")[0]
+    processes("VLLM::EngineCore")[0].kill()
+    answers = [fast.post("/v1/completions", {"model": "medium", "prompt": "a", "max_tokens": 2}) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert not replica.is_running()

@@ -10,16 +10,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cluster.base import find_base
 from tunesmith.cluster.console import print_json, say, stderr, stdout
 from tunesmith.cluster.errors import UsageError
-from tunesmith.serving.bases import facts_of
+from tunesmith.serving.bases import RUNS, base_of, facts_of
 from tunesmith.serving.catalog import SHORTEST_PIN, Adapter, Catalog, Version, as_state
 from tunesmith.serving.checks import Rules
 from tunesmith.serving.registry import Registry
-
-_RUNS = "runs"
-"""Where `run:NAME` looks and hashes of bases are kept, unless a recipe says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ def add(root: str, offered: Offered, as_json: bool) -> None:
         StorageError: writing failed.
     """
     rules = Rules(
-        base=facts_of(find_base(offered.base, None, _RUNS)) if offered.base else None,
+        base=facts_of(base_of("--base", offered.base, RUNS)) if offered.base else None,
         base_digest=offered.base_digest,
         trust_base=offered.trust_base,
         max_rank=offered.max_rank,

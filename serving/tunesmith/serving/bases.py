@@ -7,11 +7,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.cluster.base import BaseRef, check_folder, tensor_shapes
+from tunesmith.cluster.base import BaseRef, check_folder, find_base, tensor_shapes
+from tunesmith.cluster.errors import ModelError
 from tunesmith.serving.lora import Shape
 
 TEXT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """Architectures that continue a text."""
+
+RUNS = "runs"
+"""Where `run:NAME` looks, unless a recipe says otherwise."""
+
+
+def base_of(key: str, reference: str, output: str | Path) -> BaseRef:
+    """The base that a key or an option names.
+
+    Args:
+        key: as it is called where it was written.
+        output: where `run:` looks, and where hashes are kept.
+
+    Raises:
+        ModelError: naming the key; nothing is there, or it is no whole model.
+    """
+    if reference.startswith("builtin:"):
+        raise ModelError(f"{key}: {reference} is for training alone", "Give the artifact that was trained: run:NAME.")
+    try:
+        return find_base(reference, None, output)
+    except ModelError as error:  # a recipe calls it model.base
+        what, fix = (text.replace("model.base: ", f"{key}: ", 1) for text in (error.what, error.fix))
+        raise ModelError(what, fix.replace(", run:NAME or builtin:NAME", " or run:NAME")) from error
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class Base(Section):
     """Adapters that share one batch of the vllm engine; that many are held beside the base."""
     max_cached_adapters: PositiveInt = 64
     """Adapters held in host memory, the least recently used leaving first."""
+    disk_cache_gib: PositiveFloat = 20.0
+    """Copies of adapters on a machine's disk (`~/.cache/tunesmith/adapters`), in GiB, which all its services share; the least recently used leaves first, none while it is in use."""
     max_rank: PositiveInt = 64
     """Largest LoRA rank that the vllm engine serves; it reserves memory for it."""
     replicas: PositiveInt = 1
@@ -191,9 +193,9 @@ class Serve(Section):
             for one in members:
                 if one.endpoint is not None and one.endpoint not in self.endpoints:
                     known = ", ".join(self.endpoints) or "none"
-                    raise ValueError(f"agents: {name} asks {one.endpoint}; the endpoints are: {known}")
+                    raise ValueError(f"agents.{name}: it asks {one.endpoint}; the endpoints are: {known}")
                 if one.endpoint is None and one.model in self.agents:
-                    raise ValueError(f"agents: {name} asks the mixture {one.model}; mixtures do not nest")
+                    raise ValueError(f"agents.{name}: it asks the mixture {one.model}; mixtures do not nest")
         return self
 
 

@@ -39,8 +39,9 @@ from tunesmith.serving.protocol_inputs import (
     TokenizeRequest,
 )
 from tunesmith.serving.shadow import Shadows
+from tunesmith.serving.tenants import no_key
 from tunesmith.serving.turn import Turn
-from tunesmith.serving.wire import every, merged, streamed, whole
+from tunesmith.serving.wire import Sent, every, merged, streamed, whole
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
@@ -111,7 +112,7 @@ class Gateway:
 
     async def chat(self, request: Request) -> Response:
         """A conversation goes on."""
-        sent = await wire.sent(request, ChatRequest, self._most)
+        sent = await self._sent(request, ChatRequest)
         most = sent.max_completion_tokens or sent.max_tokens or 0
         tokens = estimated_tokens(sent.conversation) + sent.answers * most
         async with AsyncExitStack() as stack:
@@ -142,7 +143,7 @@ class Gateway:
 
     async def complete(self, request: Request) -> Response:
         """Texts go on, or are scored."""
-        sent = await wire.sent(request, CompletionRequest, self._most)
+        sent = await self._sent(request, CompletionRequest)
         most = DEFAULT_COMPLETION_TOKENS if sent.max_tokens is None else sent.max_tokens
         tokens = sum(estimated_tokens(prompt) + sent.answers * most for prompt in sent.prompts)
         logprobs, echo = sent.logprobs is not None, bool(sent.echo)
@@ -180,7 +181,7 @@ class Gateway:
 
     async def embed(self, request: Request) -> Response:
         """A vector for each text."""
-        sent = await wire.sent(request, EmbeddingRequest, self._most)
+        sent = await self._sent(request, EmbeddingRequest)
         tokens = sum(map(estimated_tokens, sent.prompts))
         async with self._turn(request, sent, "embd", tokens) as turn:
             made = await self._encoded(turn, sent.prompts)
@@ -190,7 +191,7 @@ class Gateway:
 
     async def classify(self, request: Request) -> Response:
         """A class for each text; vLLM has this route too."""
-        sent = await wire.sent(request, ClassifyRequest, self._most)
+        sent = await self._sent(request, ClassifyRequest)
         async with self._turn(request, sent, "classify", sum(map(estimated_tokens, sent.prompts))) as turn:
             made = await self._encoded(turn, sent.prompts)
             if not made.labels:
@@ -206,7 +207,7 @@ class Gateway:
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens that a text or a conversation becomes for a model; vLLM has this route too."""
-        sent = await wire.sent(request, TokenizeRequest, self._most)
+        sent = await self._sent(request, TokenizeRequest)
         async with self._turn(request, sent, "tokenize", 0) as turn:
             if turn.route.agent is not None:
                 raise RequestError("a mixture of agents has no tokens of its own", param="model")
@@ -245,14 +246,14 @@ class Gateway:
 
     async def move(self, request: Request, name: str, alias: str) -> Response:
         """Operators: makes an alias lead to a version."""
-        sent = await wire.sent(request, MoveRequest, self._most)
+        sent = await self._sent(request, MoveRequest)
         return await self._change(
             request, "move", name=name, alias=alias, version=sent.version, expected=sent.generation
         )
 
     async def split(self, request: Request, name: str, alias: str) -> Response:
         """Operators: splits an alias between versions."""
-        sent = await wire.sent(request, SplitRequest, self._most)
+        sent = await self._sent(request, SplitRequest)
         changed = {"weights": sent.weights, "shadow": sent.shadow, "expected": sent.generation}
         return await self._change(request, "split", name=name, alias=alias, **changed)
 
@@ -266,6 +267,12 @@ class Gateway:
 
     async def _change(self, request: Request, change: str, **arguments: Any) -> Response:
         return JSONResponse(await self._backend.admin(_key(request), change, arguments))
+
+    async def _sent(self, request: Request, kind: type[Sent]) -> Sent:
+        """See `wire.sent`; what a client without any key sends is not read."""
+        if self._config.http.auth == "keys" and not _key(request):
+            raise no_key()
+        return await wire.sent(request, kind, self._most)
 
     @asynccontextmanager
     async def _turn(self, request: Request, sent: Any, kind: str, tokens: int) -> AsyncIterator[Turn]:

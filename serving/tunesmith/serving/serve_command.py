@@ -7,14 +7,15 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tunesmith.cluster.console import print_json, say, stderr
-from tunesmith.cluster.errors import ServeConfigError
+from tunesmith.cluster.errors import ResourceError, ServeConfigError
+from tunesmith.cluster.resources import Node
 from tunesmith.cluster.session import RaySession
 from tunesmith.serving.config import Serve, load_config
 from tunesmith.serving.registry import Registry
@@ -26,11 +27,13 @@ def run(path: Path, as_json: bool) -> None:
 
     Raises:
         UsageError: the configuration, a base or the port cannot be used.
+        KeyboardInterrupt: SIGINT came before the service was up.
     """
     config = load_config(path)
     check(config)
-    stop = threading.Event()
-    with signals(stop), started(config) as url:
+    stop, up = threading.Event(), threading.Event()
+    with signals(stop, up), started(config) as url:
+        up.set()
         if as_json:
             print_json({"url": url, "models": names(config)})
         say(stderr(), f"{url} answers for {', '.join(names(config))}. Ctrl-C ends it.")
@@ -48,7 +51,9 @@ def started(config: Serve, session: RaySession | None = None) -> Iterator[str]:
         session: a Ray that is there already; None starts one, or joins the cluster of RAY_ADDRESS.
     """
     with session or RaySession() as ray_session:
-        ray_session.nodes()
+        nodes = ray_session.nodes()
+        if ray_session.local:  # a cluster may be about to grow
+            check_room(config, nodes)
         from tunesmith.serving import service
 
         output = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
@@ -91,9 +96,33 @@ def check(config: Serve) -> None:
             ) from error
 
 
+def check_room(config: Serve, nodes: Sequence[Node]) -> None:
+    """Refuses replicas that nothing has room for: Ray would wait for ever for a machine that has.
+
+    Raises:
+        ResourceError: with the numbers.
+    """
+    for what in ("cpus", "gpus"):
+        wanted = {
+            name: getattr(base, what) * (base.autoscaling.min_replicas if base.autoscaling else base.replicas)
+            for name, base in config.bases.items()
+        }
+        there, asked = sum(getattr(node, what) for node in nodes), sum(wanted.values())
+        if asked > there + 1e-6:
+            each = ", ".join(f"{name} {count:g}" for name, count in wanted.items() if count)
+            raise ResourceError(
+                f"bases: the replicas reserve {asked:g} {what} ({each}), and this machine has {there:g}",
+                f"Lower bases.NAME.{what} or replicas; a share such as 0.5 lets replicas share one.",
+            )
+
+
 @contextmanager
-def signals(stop: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM set the event; a second one ends the process at once."""
+def signals(stop: threading.Event, up: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set the event; a second one ends the process at once.
+
+    Args:
+        up: whether the service runs; until then the first one interrupts what the block waits for.
+    """
     seen: list[float] = []
 
     def told(number: int, _frame: FrameType | None) -> None:
@@ -101,6 +130,8 @@ def signals(stop: threading.Event) -> Iterator[None]:
             os._exit(128 + number)
         seen.append(time.monotonic())
         stop.set()
+        if not up.is_set():
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     before: dict[int, Any] = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -9,21 +9,23 @@ import os
 import time
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from tunesmith.cluster.base import BaseRef, find_base
-from tunesmith.cluster.errors import AdapterError, RegistryError, RequestError, StorageError
-from tunesmith.serving.bases import writes_text
+from tunesmith.cluster.base import BaseRef
+from tunesmith.cluster.errors import AdapterError, RequestError, StorageError
+from tunesmith.serving.bases import RUNS, base_of, writes_text
 from tunesmith.serving.config import Base, Serve
+from tunesmith.serving.copies import Copies
 from tunesmith.serving.desk import Desk, Entry, Route, capacity
 from tunesmith.serving.drift import Reference, read_reference
 from tunesmith.serving.engines.diary import News
@@ -76,10 +78,8 @@ class EngineReplica:
         """Serve waits for it: a replica takes requests once its engine has started."""
         base = Base(**settings)
         self._engine: Any = engine_class(base, ref.path)(name, ref, base)
-        self._registry = Registry(registry)
-        self._cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "adapters"
-        self._folders: dict[str, str] = {}
-        self._copying: dict[str, asyncio.Task[None]] = {}
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "adapters"
+        self._copies = Copies(Registry(registry), cache, base.disk_cache_gib * 2**30)
         await self._engine.start()
         self._references: dict[str, Reference | None] = {}
         self._telling = asyncio.create_task(self._tell(name))
@@ -90,18 +90,23 @@ class EngineReplica:
             await self._engine.check_health()
 
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
-        """See `Engine.generate`; the version's folder is this replica's own copy."""
-        async with contextlib.aclosing(self._engine.generate(await self._local(ask))) as pieces:
+        """See `Engine.generate`; the version's folder is this machine's own copy."""
+        async with (
+            self._copies.of(ask.version) as version,
+            contextlib.aclosing(self._engine.generate(replace(ask, version=version))) as pieces,
+        ):
             async for piece in pieces:
                 yield piece
 
     async def tokenize(self, ask: Ask) -> list[int]:
         """See `Engine.tokenize`."""
-        return await self._engine.tokenize(await self._local(ask))
+        async with self._copies.of(ask.version) as version:
+            return await self._engine.tokenize(replace(ask, version=version))
 
     async def encode(self, prompts: Any, version: Version | None) -> Encoded:
         """See `Engine.encode`."""
-        return await self._engine.encode(prompts, await self._copied(version))
+        async with self._copies.of(version) as local:
+            return await self._engine.encode(prompts, local)
 
     async def _tell(self, base: str) -> None:
         """Tells the desk for ever what the engine does."""
@@ -109,39 +114,19 @@ class EngineReplica:
         while True:
             await asyncio.sleep(NEWS_S)
             if news := self._engine.diary.take():
-                found = {digest: await asyncio.to_thread(self._reference, digest) for digest in news.sketches}
+                found = {digest: await self._reference(digest) for digest in news.sketches}
                 desk.read_news.remote(base, news, {digest: one for digest, one in found.items() if one})
 
-    def _reference(self, digest: str) -> Reference | None:
+    async def _reference(self, digest: str) -> Reference | None:
         if digest not in self._references:
             try:
-                self._references[digest] = read_reference(Path(self._folders[digest]))
-            except (AdapterError, OSError) as error:
+                async with self._copies.of(Version(digest, "")) as copy:
+                    assert copy is not None, "a version has a copy"
+                    self._references[digest] = await asyncio.to_thread(read_reference, Path(copy.folder))
+            except (AdapterError, RequestError, OSError) as error:
                 _log.warning("version %s is not watched for drift: %s", digest[:12], error)
                 self._references[digest] = None
         return self._references[digest]
-
-    async def _local(self, ask: Ask) -> Ask:
-        from dataclasses import replace
-
-        return ask if ask.version is None else replace(ask, version=await self._copied(ask.version))
-
-    async def _copied(self, version: Version | None) -> Version | None:
-        if version is None:
-            return None
-        if version.digest not in self._folders:
-            if version.digest not in self._copying:
-                self._copying[version.digest] = asyncio.create_task(self._copy(version.digest))
-            await asyncio.shield(self._copying[version.digest])
-        return Version(version.digest, self._folders[version.digest])
-
-    async def _copy(self, digest: str) -> None:
-        try:
-            self._folders[digest] = str(await asyncio.to_thread(self._registry.fetch, digest, self._cache))
-        except (StorageError, RegistryError) as error:
-            raise RequestError(f"version {digest[:12]} cannot be read: {error}", 503, retry_after=5) from error
-        finally:
-            del self._copying[digest]
 
 
 class DeskActor:
@@ -158,9 +143,12 @@ class DeskActor:
                 time.sleep(2)
         self._looking: asyncio.Task[None] | None = None
 
-    async def enter(self, entry: Entry) -> Route:
-        """See `Desk.enter`."""
-        return await self._awake.enter(entry)
+    async def enter(self, entry: Entry) -> Route | RequestError:
+        """See `Desk.enter`; a refusal is an answer: of what an actor raises, Ray spells out the traceback each time."""
+        try:
+            return await self._awake.enter(entry)
+        except RequestError as refusal:
+            return refusal.with_traceback(None)
 
     async def leave(self, id: str, report: Report) -> None:
         """See `Desk.leave`."""
@@ -199,6 +187,7 @@ class RayBackend:
 
     def __init__(self, engines: dict[str, DeploymentHandle], gateway: str) -> None:
         self._engines, self._gateway = engines, gateway
+        self._awaited = set(engines)
         self._desk: Any = ray.get_actor(DESK, NAMESPACE)
         self._beating: asyncio.Task[None] | None = None
 
@@ -206,7 +195,10 @@ class RayBackend:
         """See `Desk.enter`."""
         if self._beating is None:
             self._beating = asyncio.create_task(self._beat())
-        return await self._at_desk("enter", entry)
+        route = await self._at_desk("enter", entry)
+        if isinstance(route, RequestError):
+            raise route
+        return route
 
     def leave(self, id: str, report: Report) -> None:
         """See `Desk.leave`; not waited for."""
@@ -225,13 +217,16 @@ class RayBackend:
         return await self._at_desk("metrics", authorization)
 
     async def ready(self) -> bool:
-        """Whether the desk answers; gateways come up once every base has a replica."""
+        """Whether the desk answers, and every base has had a replica: gateways come up before the engines have loaded."""
         try:
             async with asyncio.timeout(5):
                 await self._desk.hear.remote(self._gateway)
-        except (TimeoutError, RayActorError):
+                if self._awaited:
+                    there: Any = (await asyncio.to_thread(serve.status)).applications[APPLICATION].deployments
+                    self._awaited -= {n for n in self._awaited if there[f"engine-{n}"].replica_states.get("RUNNING")}
+        except (TimeoutError, RayError, KeyError):
             return False
-        return True
+        return not self._awaited
 
     async def generate(self, base: str, ask: Ask) -> AsyncIterator[Piece]:
         """Pieces from any replica; one that dies before its first piece is replaced by another.
@@ -311,10 +306,16 @@ def as_request_error(error: BaseException) -> RequestError:
 def find_bases(config: Serve, output: Path) -> dict[str, BaseRef]:
     """Every base's folder and digest.
 
+    Args:
+        output: where hashes are kept.
+
     Raises:
         ModelError: one cannot be found.
     """
-    return {name: find_base(base.path, None, output) for name, base in config.bases.items()}
+    return {
+        name: base_of(f"bases.{name}.path", base.path, RUNS if base.path.startswith("run:") else output)
+        for name, base in config.bases.items()
+    }
 
 
 def deploy(config: Serve, bases: dict[str, BaseRef]) -> None:

@@ -143,7 +143,7 @@ class Keys:
             RequestError: 401 where there is no valid key, 403 where the key may not do this.
         """
         if not header:
-            raise _stranger("no API key was given: send the header `Authorization: Bearer ts-…`")
+            raise no_key()
         match = _HEADER.fullmatch(header) if len(header) < 200 else None
         id, secret = match.groups() if match else ("", "")
         entry = self._keys.get(id, _NOBODY)
@@ -183,6 +183,11 @@ def _with(state: State, id: str, entry: Mapping[str, Any]) -> State:
 
 def _hash(salt: str, secret: str) -> str:
     return hashlib.sha256(f"{salt}:{secret}".encode()).hexdigest()
+
+
+def no_key() -> RequestError:
+    """The answer to a request that brings no key."""
+    return _stranger("no API key was given: send the header `Authorization: Bearer ts-…`")
 
 
 def _stranger(what: str) -> RequestError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +232,26 @@ def test_news_of_a_replica_is_counted_and_a_shift_is_logged_with_its_numbers_and
 def test_versions_without_a_fingerprint_are_not_watched(at: Desk) -> None:
     at.read_news("tiny", News(sketches={"f" * 64: Traffic().sketch(WINDOW, np.random.default_rng(0))}), {})
     assert not [key for key in samples(at.metrics(None)) if key[0].startswith("tunesmith_drift")]
+
+
+def test_what_a_client_without_a_key_sends_is_not_read(tmp_path: Path) -> None:
+    backend = InProcess(desk(tmp_path / "registry", tiny_adapters.BASE_DIGEST, http={"auth": "keys"}))
+    read = []
+
+    async def body() -> AsyncIterator[bytes]:
+        read.append(1)
+        yield b"{"
+
+    async def main() -> None:
+        app = Gateway(backend.desk.config, backend, "gateway").app()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+            for method, path in (
+                ("POST", "/v1/chat/completions"),
+                ("POST", "/tokenize"),
+                ("PUT", "/admin/adapters/a/aliases/b"),
+            ):
+                answer = await client.request(method, path, content=body())
+                assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+
+    asyncio.run(main())
+    assert not read

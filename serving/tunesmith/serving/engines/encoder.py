@@ -81,7 +81,8 @@ class EncoderEngine:
 
     async def tokenize(self, ask: Ask) -> list[int]:
         """See `Engine.tokenize`."""
-        return prompts.tokens_of(ask, await self._tokenizers.of(ask.version), self._max_length, self._vocabulary)
+        tokenizer = await self._tokenizers.of(ask.version)
+        return await prompts.tokenised(ask, tokenizer, self._max_length, self._vocabulary)
 
     async def encode(self, texts: list[str] | list[list[int]], version: Version | None) -> Encoded:
         """See `Engine.encode`."""

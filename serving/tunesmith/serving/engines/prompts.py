@@ -11,6 +11,9 @@ from typing import Any
 from tunesmith.cluster.errors import RequestError
 from tunesmith.serving.engines.protocol import Ask, Version
 
+LONG = 32_768
+"""Characters of a prompt from which on it is not tokenised at once: that many take some hundredths of a second."""
+
 
 class Tokenizers:
     """The base's tokenizer and those of the versions, which carry the chat template of their training.
@@ -40,6 +43,20 @@ class Tokenizers:
         if len(self._of_versions) > self._most:
             self._of_versions.popitem(last=False)
         return found
+
+
+async def tokenised(ask: Ask, tokenizer: Any, max_length: int, vocabulary: int) -> list[int]:
+    """As `tokens_of`; a long prompt goes to a thread, for it would keep all others waiting.
+
+    Raises:
+        RequestError: as `tokens_of`.
+    """
+    texts = (
+        [ask.prompt] if isinstance(ask.prompt, str) else [one["content"] for one in ask.prompt if isinstance(one, dict)]
+    )
+    if sum(map(len, texts)) < LONG:
+        return tokens_of(ask, tokenizer, max_length, vocabulary)
+    return await asyncio.to_thread(tokens_of, ask, tokenizer, max_length, vocabulary)
 
 
 def tokens_of(ask: Ask, tokenizer: Any, max_length: int, vocabulary: int) -> list[int]:
@@ -81,7 +98,7 @@ def _of_conversation(messages: list[Any], tokenizer: Any) -> list[int]:
         )
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise RequestError(f"the chat template refuses this conversation: {reason}", param="messages") from error
 

@@ -161,6 +161,7 @@ class TransformersEngine:
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """See `Engine.generate`."""
         tokenizer, grammar = await self._tokenizers.of(ask.version), await self._grammar(ask)
+        tokens = await prompts.tokenised(ask, tokenizer, self._max_length, self._vocabulary)
         if ask.version is not None:
             await self.load(ask.version)  # nothing may be waited for from here until its users are counted
         pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
@@ -169,7 +170,7 @@ class TransformersEngine:
         def emit(piece: Piece | BaseException) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        rows = self._rows(ask, tokenizer, emit, grammar)
+        rows = self._rows(ask, tokens, tokenizer, emit, grammar)
         loaded = self._loaded(ask.version)
         loaded.users += len(rows)
         try:
@@ -201,9 +202,13 @@ class TransformersEngine:
         return await loop.run_in_executor(None, self._grammars.compiled, ask.sampling.schema, tokenizer, stops)
 
     def _rows(
-        self, ask: Ask, tokenizer: Any, emit: Callable[[Piece | BaseException], None], grammar: Grammar | None
+        self,
+        ask: Ask,
+        tokens: list[int],
+        tokenizer: Any,
+        emit: Callable[[Piece | BaseException], None],
+        grammar: Grammar | None,
     ) -> list[Row]:
-        tokens = prompts.tokens_of(ask, tokenizer, self._max_length, self._vocabulary)
         room = self._max_length - len(tokens)
         wanted = ask.sampling.max_tokens
         stops = prompts.stop_tokens(self.ref.path, ask.version, tokenizer)
@@ -217,7 +222,8 @@ class TransformersEngine:
 
     async def tokenize(self, ask: Ask) -> list[int]:
         """See `Engine.tokenize`."""
-        return prompts.tokens_of(ask, await self._tokenizers.of(ask.version), self._max_length, self._vocabulary)
+        tokenizer = await self._tokenizers.of(ask.version)
+        return await prompts.tokenised(ask, tokenizer, self._max_length, self._vocabulary)
 
     async def encode(self, texts: list[str] | list[list[int]], version: Version | None) -> Encoded:
         """See `Engine.encode`; a causal language model writes text."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm import SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -33,7 +34,11 @@ from tunesmith.serving.engines.text import spelled
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM reserves room for."""
+GREEDY = 1e-5
+"""Temperatures below it are 0 to vLLM."""
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -88,35 +93,43 @@ class VllmEngine:
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """See `Engine.generate`."""
         tokenizer = await self._tokenizers.of(ask.version)
-        tokens = prompts.tokens_of(ask, tokenizer, self._max_length, self._vocabulary)
+        tokens = await prompts.tokenised(ask, tokenizer, self._max_length, self._vocabulary)
         if ask.sampling.max_tokens == 0 and ask.sampling.prompt_logprobs is None:
             for index in range(ask.n):
                 yield Piece(index, "", 0, len(tokens), "length")
             return
-        adapter = await self._adapter(ask.version)
         stops = prompts.stop_tokens(self.ref.path, ask.version, tokenizer)
+        # vLLM draws the likeliest answer once alone: of n answers all are the same
+        alike = range(ask.n) if ask.sampling.temperature < GREEDY else range(1)
+        asked = replace(ask, n=ask.n // len(alike))
+        try:
+            adapter = await self._adapter(ask.version)
+        except EngineDeadError:
+            self._end()
         outputs = self._engine.generate(
-            TokensPrompt(prompt_token_ids=tokens), _parameters(ask, stops), ask.id, lora_request=adapter
+            TokensPrompt(prompt_token_ids=tokens), _parameters(asked, stops), ask.id, lora_request=adapter
         )
         try:
-            drawn: dict[int, list[int]] = {index: [] for index in range(ask.n)}
+            drawn: dict[int, list[int]] = {index: [] for index in range(asked.n)}
             async for output in outputs:
                 for one in output.outputs if ask.sampling.max_tokens != 0 else ():
                     drawn[one.index] += one.token_ids
                     if one.finish_reason is not None:
                         self.diary.answered(ask.version, tokens, drawn[one.index], tokenizer)
-                for piece in _pieces(output, ask, tokens, tokenizer):
-                    yield piece
+                for piece in _pieces(output, asked, tokens, tokenizer):
+                    for index in alike:
+                        yield replace(piece, index=piece.index + index)
         except VLLMValidationError as error:
             raise RequestError(" ".join(str(error).split())[:400]) from error
-        except EngineDeadError as error:
-            raise RequestError("the engine has died and is being restarted", 503, retry_after=10) from error
+        except EngineDeadError:
+            self._end()
         finally:
             await outputs.aclose()  # gives the slot back at once when the client has left
 
     async def tokenize(self, ask: Ask) -> list[int]:
         """See `Engine.tokenize`."""
-        return prompts.tokens_of(ask, await self._tokenizers.of(ask.version), self._max_length, self._vocabulary)
+        tokenizer = await self._tokenizers.of(ask.version)
+        return await prompts.tokenised(ask, tokenizer, self._max_length, self._vocabulary)
 
     async def encode(self, texts: list[str] | list[list[int]], version: Version | None) -> Encoded:
         """See `Engine.encode`; a causal language model writes text."""
@@ -133,6 +146,15 @@ class VllmEngine:
     def stop(self) -> None:
         """Ends vLLM's process."""
         self._engine.shutdown()
+
+    def _end(self) -> NoReturn:
+        """Ends the process of a replica whose vLLM has died.
+
+        It would fail its requests faster than a living replica answers them, and so draw all of them until Serve asked
+        after its health. Without its process the gateway asks another one, and Serve starts a new one at once.
+        """
+        _log.error("%s: vLLM has died, and this replica ends with it", self.name)
+        os._exit(1)
 
     async def _note_moves(self) -> None:
         """vLLM by itself lets go of what is used least, and loads it again when it is asked for."""
@@ -153,6 +175,8 @@ class VllmEngine:
                 self._last_id += 1
                 try:
                     await self._engine.add_lora(LoRARequest(version.digest, self._last_id, version.folder))
+                except EngineDeadError:
+                    raise
                 except Exception as error:
                     reason = " ".join(str(error).split())[:300]
                     raise AdapterError(f"version {version.digest[:12]}: vLLM cannot load it: {reason}") from error
