@@ -23,7 +23,7 @@ HOMES = {
     "deepspeed": {"engine", "checkpoint_files", "export"},
     "ray": {
         *("fit", "lean", "rendezvous", "service"),
-        *("fused.training", "isolated", "logical", "running", "scheduling", "search"),
+        *("fused.seats", "fused.training", "isolated", "logical", "running", "scheduling", "search", "trainers"),
     },
     "vllm": {"engines.vllm", "engines.vllm_lora"},
 }

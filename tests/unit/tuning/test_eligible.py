@@ -20,6 +20,7 @@ from tunesmith.tuning.eligible import (
     lanes_for,
     ranks_of,
     targets_of,
+    trials_at_once,
     why_isolated,
 )
 
@@ -90,14 +91,20 @@ def test_lanes_fill_a_row_but_no_more_than_there_is_work():
     assert ROW_TOKENS == 1024
     assert lanes_for(64, trials=100, seeds=1, wanted=None) == 16
     assert lanes_for(64, trials=8, seeds=1, wanted=None) == 8
-    assert lanes_for(512, trials=100, seeds=1, wanted=None) == 4, "at least four, so that the best can be told early"
-    assert lanes_for(4096, trials=100, seeds=1, wanted=None) == 4
-    assert lanes_for(4096, trials=2, seeds=1, wanted=None) == 2
+    assert lanes_for(512, trials=100, seeds=1, wanted=None) == 2
+    assert lanes_for(4096, trials=100, seeds=1, wanted=None) == 1
+
+
+def test_more_trials_are_begun_than_there_are_lanes_where_lanes_are_long():
+    assert trials_at_once(lanes=16, trials=100, seeds=1) == 16
+    assert trials_at_once(lanes=1, trials=100, seeds=1) == 4
+    assert trials_at_once(lanes=1, trials=3, seeds=1) == 3
+    assert trials_at_once(lanes=16, trials=100, seeds=3) == 5
 
 
 def test_each_seed_of_a_trial_takes_a_lane():
     assert lanes_for(64, trials=100, seeds=3, wanted=None) == 16
-    assert lanes_for(1024, trials=100, seeds=3, wanted=None) == 12
+    assert lanes_for(1024, trials=100, seeds=3, wanted=None) == 3
     assert lanes_for(1024, trials=1, seeds=3, wanted=None) == 3
     assert lanes_for(64, trials=1, seeds=40, wanted=None) == 40
 

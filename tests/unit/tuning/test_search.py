@@ -15,8 +15,8 @@ from sweep_recipes import LEARNING_RATE, reported, tune_section
 from tunesmith.cluster.errors import UsageError
 from tunesmith.cluster.metrics import read_metrics
 from tunesmith.tuning.records import State, SweepFolder
-from tunesmith.tuning.search import DEFAULT_TRIALS, Journaled, Parzen, proposer, trials_of
-from tunesmith.tuning.space import Values, combinations, draw
+from tunesmith.tuning.search import Journaled, Parzen, proposer
+from tunesmith.tuning.space import DEFAULT_TRIALS, Values, combinations, draw, trials_of
 
 SPACE = {
     **LEARNING_RATE,

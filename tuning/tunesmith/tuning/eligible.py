@@ -37,6 +37,8 @@ PER_TRIAL = (
 ROW_TOKENS = 1024
 """Tokens of a row beyond which the frozen layers' matrix products gain nothing from more."""
 
+LEAST_TRIALS = 4
+
 ALIGNED = 8
 """Lanes are a multiple of this many tokens."""
 
@@ -106,6 +108,12 @@ def lanes_for(length: int, trials: int, seeds: int, wanted: int | None) -> int:
         return max(1, min(wanted, trials)) * seeds
     enough = max(1, ROW_TOKENS // length)
     return max(seeds, min(trials * seeds, enough))
+
+
+def trials_at_once(lanes: int, trials: int, seeds: int) -> int:
+    """Trials that are begun at once: a few more than there are lanes where these are long, so that a row is filled while
+    some wait for what follows from their reports. Those that are furthest behind go first."""
+    return max(lanes // seeds, min(trials, LEAST_TRIALS))
 
 
 def ranks_of(recipe: Recipe, tune: Tune) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers.data.prepare import prepare
 from tunesmith.trainers.models import resolve_base
 from tunesmith.trainers.packing import BatchPlan
-from tunesmith.tuning.logical import Progress
+from tunesmith.tuning.members import Progress
 from tunesmith.tuning.space import recipe_of
 
 POLL_S = 0.2

@@ -11,12 +11,13 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ray.tune import Trainable
 
 from tunesmith.cluster.errors import TunesmithError, WorkerError
 from tunesmith.cluster.recipe.schema import Recipe
+from tunesmith.tuning.members import Members, Progress, Training
 from tunesmith.tuning.records import Lineage, Report, SweepFolder, TrialFolder
 from tunesmith.tuning.space import recipe_of
 
@@ -38,47 +39,6 @@ class Place:
     segment: int = 0
     report: int = 0
     step: int = 0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a member of a trial has done up to its next report."""
-
-    step: int
-    total_steps: int
-    tokens: int
-    figures: dict[str, float]
-
-
-class Members(Protocol):
-    """Those who train a trial, one for each of its seeds."""
-
-    def open(self, recipes: list[Recipe], runs: list[Path], step: int, sources: list[Path] | None) -> None:
-        """Brings the trial to where it is trained.
-
-        Args:
-            recipes: one for each seed.
-            runs: a folder for each.
-            step: it goes on from the state of this step; 0 begins.
-            sources: runs of another trial, whose states of this step it takes.
-        """
-        ...
-
-    def next(self) -> list[Progress]:
-        """Trains to the next report."""
-        ...
-
-    def close(self) -> None:
-        """Takes the trial away."""
-        ...
-
-
-class Training(Protocol):
-    """How trials are trained; plain data that makes the members in the trial's own process."""
-
-    def members(self, key: str) -> Members:
-        """Those of the trial of this name."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -7,84 +7,29 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ray
 from ray import tune as ray_tune
 from ray.tune import Callback, PlacementGroupFactory, RunConfig, Stopper, TuneConfig, Tuner
 
 from tunesmith.cluster.errors import TunesmithError, WorkerError
-from tunesmith.cluster.resources import fitting
 from tunesmith.trainers.stopping import StopSignals
 from tunesmith.tuning.board import Board
-from tunesmith.tuning.eligible import lane_length, lanes_for, ranks_of, targets_of
-from tunesmith.tuning.feasible import Feasibility
-from tunesmith.tuning.fused.seats import MOST_SEATS, Host, seated
-from tunesmith.tuning.fused.training import Fused, answers
-from tunesmith.tuning.isolated import Isolated, places
-from tunesmith.tuning.logical import LogicalTrial, Sweep, Training
+from tunesmith.tuning.fused.seats import seated
+from tunesmith.tuning.logical import LogicalTrial, Sweep
 from tunesmith.tuning.records import Report, SweepFolder
 from tunesmith.tuning.scheduling import scheduler
-from tunesmith.tuning.search import Journaled, trials_of
-from tunesmith.tuning.space import Values, recipe_of
+from tunesmith.tuning.search import Journaled
+from tunesmith.tuning.space import Values
 from tunesmith.tuning.sweep import Ground
+from tunesmith.tuning.trainers import Trainers
 
-NAMESPACE = "tunesmith-sweeps"
 TRIAL_CPUS = 0.01
 """Of a trial's own actor, which only waits."""
 PAUSING = ("pbt", "hyperband")
 """Schedulers that need all their trials begun, so that they can pause some."""
 POLL_S = 0.2
-
-
-@dataclass(frozen=True)
-class Trainers:
-    """Who trains the trials of a sweep.
-
-    Attributes:
-        training: as the trials' own processes need it.
-        baseline: held-out loss of the base alone; None where it is not known.
-        concurrent: trials that are trained at once.
-        why_not: why a configuration cannot be tried.
-        workers: the shared workers, for the winner's model; empty when trials are isolated.
-        host: the actor in which the trials sit; None when each has a process of its own.
-    """
-
-    training: Training
-    baseline: float | None
-    concurrent: int
-    why_not: Callable[[Values], str | None]
-    workers: tuple[Any, ...] = ()
-    host: Any = None
-
-
-@contextlib.contextmanager
-def trainers(ground: Ground) -> Iterator[Trainers]:
-    """Those who will train: shared workers that hold the base, or a place for each trial's own."""
-    if ground.why_isolated is not None:
-        count, name = _places(ground), f"{ground.recipe.name}-places"
-        with places(count, name, NAMESPACE):
-            yield _isolated(ground, count, name)
-        return
-    workers = _shared_workers(ground)
-    host = ray.remote(Host).options(num_cpus=0, max_concurrency=MOST_SEATS).remote()
-    try:
-        ready = answers([worker.start.remote() for worker in workers])
-        largest, too_large = ready[0].largest, ready[0].too_large
-
-        def why_not(values: Values) -> str | None:
-            own = recipe_of(ground.recipe, values).adaptation
-            return too_large if own.rank > largest else None  # type: ignore[union-attr]
-
-        names = tuple(_worker_name(ground, index) for index in range(len(workers)))
-        training = Fused(names, NAMESPACE, ground.tune.reports)
-        lanes = sum(one.lanes for one in ready)
-        yield Trainers(training, ready[0].baseline, max(1, lanes // ground.tune.seeds), why_not, tuple(workers), host)
-    finally:
-        for actor in (*workers, host):
-            ray.kill(actor)  # pyright: ignore[reportArgumentType]
 
 
 def search(ground: Ground, who: Trainers, began: float, board: Board, signals: StopSignals) -> None:
@@ -118,6 +63,7 @@ def search(ground: Ground, who: Trainers, began: float, board: Board, signals: S
     seats = contextlib.nullcontext() if who.host is None else seated(who.host)
     with _settings(), seats:
         work.start()
+        who.wait()
         while work.is_alive():
             work.join(POLL_S)
     shutil.rmtree(folder.scratch, ignore_errors=True)
@@ -217,64 +163,6 @@ class _Work(threading.Thread):
             self._tuner.fit()
         except Exception as failure:  # noqa: BLE001 - judged by the thread that waits for this one
             self.failure = failure
-
-
-def _isolated(ground: Ground, count: int, name: str) -> Trainers:
-    feasibility = Feasibility(
-        ground.base,
-        ground.nodes,
-        ground.need,
-        ground.prepared.max_length,
-        lambda values: recipe_of(ground.recipe, values),
-    )
-    keeps_all = ground.tune.scheduler == "pbt"
-    address = None if ground.is_local else "auto"
-    training = Isolated(name, NAMESPACE, ground.tune.reports, ground.cache, address, keeps_all)
-    return Trainers(training, None, count, feasibility.why_not)
-
-
-def _places(ground: Ground) -> int:
-    """Trials whose workers fit the cluster at once."""
-    runs = sum(fitting(node, ground.need) for node in ground.nodes) // ground.need.workers
-    return max(1, min(runs // ground.tune.seeds, ground.tune.concurrent or runs))
-
-
-def _shared_workers(ground: Ground) -> list[Any]:
-    """The shared workers' actors, which begin to import what they need."""
-    from tunesmith.tuning.fused.shell import Shell
-
-    recipe, tune, need = ground.recipe, ground.tune, ground.need
-    length = lane_length(recipe, ground.prepared)
-    count = max(1, min(need.workers, trials_of(tune)))
-    settings = {
-        "recipe": recipe_of(recipe, {}).model_dump(mode="json", exclude_unset=True),
-        "base": asdict(ground.base),
-        "cache": ground.cache,
-        "data": ground.prepared.fingerprint,
-        "targets": targets_of(recipe, tune),
-        "ranks": ranks_of(recipe, tune),
-        "length": length,
-        "lanes": lanes_for(length, -(-trials_of(tune) // count), tune.seeds, tune.concurrent),
-        "seeds": tune.seeds,
-        "nodes": tuple(ground.nodes),
-        "threads": None if need.gpus else max(1, int(need.cpus)),
-        "log": ground.folder.root / "log.txt",
-        "keeps_all": tune.scheduler == "pbt",
-    }
-    options: dict[str, Any] = {
-        "namespace": NAMESPACE,
-        "num_cpus": 1 if need.gpus else 0,  # its threads are set; the trials' own actors start beside it
-        "num_gpus": need.gpus,
-        "max_restarts": recipe.train.max_failures,
-        "max_concurrency": 4 * settings["lanes"] + 8,
-        "runtime_env": {"env_vars": {} if need.gpus else {"CUDA_VISIBLE_DEVICES": ""}},
-    }
-    shell = ray.remote(Shell)
-    return [shell.options(name=_worker_name(ground, index), **options).remote(settings) for index in range(count)]
-
-
-def _worker_name(ground: Ground, index: int) -> str:
-    return f"{ground.recipe.name}-{index}"
 
 
 def _values(trial: Any) -> Values:

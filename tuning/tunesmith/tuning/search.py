@@ -18,9 +18,7 @@ from tunesmith.cluster.errors import UsageError
 from tunesmith.cluster.metrics import MetricsLog, read_metrics
 from tunesmith.cluster.recipe.tune import Dimension, Tune
 from tunesmith.tuning.records import SweepFolder
-from tunesmith.tuning.space import Values, applies, combinations, draw
-
-DEFAULT_TRIALS = 20
+from tunesmith.tuning.space import Values, applies, combinations, draw, trials_of
 
 
 class Proposer(Protocol):
@@ -120,13 +118,6 @@ def proposer(tune: Tune) -> Proposer:
         listed = combinations(tune.space)
         return Listed(lambda number: listed[number - 1] if number <= len(listed) else None)
     return Listed(lambda number: draw(tune.space, tune.seed, number))
-
-
-def trials_of(tune: Tune) -> int:
-    """How many configurations are tried if no other budget ends the sweep before."""
-    if tune.searcher == "grid":
-        return len(combinations(tune.space))
-    return tune.trials or DEFAULT_TRIALS
 
 
 class Journaled(Searcher):

@@ -14,6 +14,8 @@ from tunesmith.cluster.recipe.mistakes import all_keys, checked
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.recipe.tune import Dimension, Tune
 
+DEFAULT_TRIALS = 20
+
 Values = dict[str, Any]
 """One configuration: the value of every searched key that applies."""
 
@@ -148,6 +150,13 @@ def combinations(space: Mapping[str, Dimension]) -> list[Values]:
         if values not in found:
             found.append(values)
     return found
+
+
+def trials_of(tune: Tune) -> int:
+    """How many configurations are tried if no other budget ends the sweep before."""
+    if tune.searcher == "grid":
+        return len(combinations(tune.space))
+    return tune.trials or DEFAULT_TRIALS
 
 
 def applies(dimension: Dimension, values: Mapping[str, Any]) -> bool:

@@ -132,13 +132,14 @@ def run(recipe: Recipe, on_event: Listener = ignore, console: Console | None = N
         if trials_before:
             on_event(Note(f"going on with {recipe.name}: {trials_before} trials are on record"))
         require_resources(ground.need, session.nodes())
-        from tunesmith.tuning.running import search, trainers  # only now: it imports Ray Tune
-        from tunesmith.tuning.search import trials_of
-        from tunesmith.tuning.winner import crown
+        from tunesmith.tuning.trainers import trainers  # only now: what it imports takes seconds
 
         with trainers(ground) as who, _clock(folder) as began:
+            from tunesmith.tuning.running import search  # Ray Tune, which takes longer, while the workers load
+            from tunesmith.tuning.winner import crown
+
             try:
-                with Board(console, ground.tune, trials_of(ground.tune)) as board:
+                with Board(console, ground.tune, space.trials_of(ground.tune)) as board:
                     search(ground, who, began, board, signals)
             finally:
                 write_results(ground, who.baseline, began, complete=signals.received is None)

@@ -19,8 +19,8 @@ from tunesmith.tuning.results import Result, best_trial, write_results
 from tunesmith.tuning.space import recipe_of
 
 if TYPE_CHECKING:
-    from tunesmith.tuning.running import Trainers
     from tunesmith.tuning.sweep import Ground
+    from tunesmith.tuning.trainers import Trainers
 
 NAME = "winner"
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import ray
 from ray.actor import ActorClass
-from ray.tune.execution.class_cache import _ActorClassCache
 
 MOST_SEATS = 512
 
@@ -47,6 +46,8 @@ class Host:
 @contextmanager
 def seated(host: Any) -> Iterator[None]:
     """Within it the trials of Ray Tune sit in the host."""
+    from ray.tune.execution.class_cache import _ActorClassCache
+
     before = _ActorClassCache.get
     _ActorClassCache.get = lambda cache, trainable: _SeatClass(host, trainable)  # type: ignore[method-assign]
     try:

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from tunesmith.cluster.errors import TunesmithError, WorkerError
 from tunesmith.cluster.recipe.schema import Recipe
-from tunesmith.tuning.logical import Progress
+from tunesmith.tuning.members import Progress
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""Who trains a trial, as the trial sees them: the same for shared workers and for workers of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tunesmith.cluster.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a member of a trial has done up to its next report."""
+
+    step: int
+    total_steps: int
+    tokens: int
+    figures: dict[str, float]
+
+
+class Members(Protocol):
+    """Those who train a trial, one for each of its seeds."""
+
+    def open(self, recipes: list[Recipe], runs: list[Path], step: int, sources: list[Path] | None) -> None:
+        """Brings the trial to where it is trained.
+
+        Args:
+            recipes: one for each seed.
+            runs: a folder for each.
+            step: it goes on from the state of this step; 0 begins.
+            sources: runs of another trial, whose states of this step it takes.
+        """
+        ...
+
+    def next(self) -> list[Progress]:
+        """Trains to the next report."""
+        ...
+
+    def close(self) -> None:
+        """Takes the trial away."""
+        ...
+
+
+class Training(Protocol):
+    """How trials are trained; plain data that makes the members in the trial's own process."""
+
+    def members(self, key: str) -> Members:
+        """Those of the trial of this name."""
+        ...
