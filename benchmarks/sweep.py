@@ -71,7 +71,7 @@ def makespan(folder: Path, rounds: int, steps: int) -> list[dict[str, Any]]:
         wall, _ = timed([sys.executable, "-m", "tunesmith.cluster.main", "sweep", str(path), "--json"])
         results = json.loads((folder / "runs" / written["name"] / "results.json").read_text())
         walls["fused"].append(wall)
-        bare["fused"].append(max(report["seconds"] for trial in results["trials"] for report in trial["reports"]))
+        bare["fused"].append(training_seconds(folder / "runs" / written["name"]))
         wall, said = timed([sys.executable, __file__.replace("sweep.py", "plain_tune.py"), str(path)])
         apart = json.loads(said.strip().splitlines()[-1])
         walls["apart"].append(wall)
@@ -88,6 +88,15 @@ def makespan(folder: Path, rounds: int, steps: int) -> list[dict[str, Any]]:
             "8 LoRA trials, training alone", against, "s", bare["fused"], bare["apart"], ratio="peer/ours", aim=None
         ),
     ]
+
+
+def training_seconds(sweep: Path) -> float:
+    """From the moment that the first trial is brought to the worker to the last report of all."""
+    reports = [
+        json.loads(line) for path in sweep.glob("trials/*/reports.jsonl") for line in path.read_text().splitlines()
+    ]
+    first = min(report["at"] - report["seconds"] for report in reports if report["report"] == 1)
+    return max(report["at"] for report in reports) - first
 
 
 def asha(folder: Path) -> dict[str, Any]:

@@ -69,8 +69,10 @@ class Ground:
         return sum(node.gpus for node in self.nodes) if self.need.gpus else 0.0
 
 
-def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore) -> Ground:
+def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore, start_ray: bool = False) -> Ground:
     """Checks all that can be checked before the first trial; leaves nothing behind but the data's cache.
+
+    `start_ray` begins to start a local Ray meanwhile.
 
     Raises:
         UsageError: something about the search, the recipe, the data, the base or the resources is wrong.
@@ -91,6 +93,8 @@ def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore) -> G
     need = needs(plain.cluster, nodes)
     require_resources(need, nodes)
     zero.precision(plain, on_gpu=need.gpus > 0)
+    if start_ray:
+        session.start()
     for source in [*plain.data.train, *(plain.data.validation or [])]:
         look_at(source)
     effective_max_length(plain, base)
@@ -119,7 +123,7 @@ def run(recipe: Recipe, on_event: Listener = ignore, console: Console | None = N
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals(recipe.name))
         session = stack.enter_context(RaySession(recipe.cluster.address))
-        ground = check(recipe, session, on_event)
+        ground = check(recipe, session, on_event, start_ray=True)
         _say_how(ground, on_event)
         folder = ground.folder
         folder.root.mkdir(parents=True, exist_ok=True)
@@ -127,7 +131,6 @@ def run(recipe: Recipe, on_event: Listener = ignore, console: Console | None = N
         _remember(ground)
         if (answered := _answered(ground, on_event)) is not None:
             return answered
-        session.start()
         trials_before = len(folder.trials())
         if trials_before:
             on_event(Note(f"going on with {recipe.name}: {trials_before} trials are on record"))

@@ -14,14 +14,13 @@ from tunesmith.cluster.resources import fitting
 from tunesmith.tuning.eligible import lane_length, lanes_for, ranks_of, targets_of, trials_at_once
 from tunesmith.tuning.feasible import Feasibility
 from tunesmith.tuning.fused.seats import MOST_SEATS, Host
-from tunesmith.tuning.fused.shell import Shell
+from tunesmith.tuning.fused.shell import Ready, Shell
 from tunesmith.tuning.fused.training import Fused, answers
 from tunesmith.tuning.isolated import Isolated, places
 from tunesmith.tuning.members import Training
 from tunesmith.tuning.space import Values, recipe_of, trials_of
 
 if TYPE_CHECKING:
-    from tunesmith.tuning.fused.worker import Ready
     from tunesmith.tuning.sweep import Ground
 
 NAMESPACE = "tunesmith-sweeps"

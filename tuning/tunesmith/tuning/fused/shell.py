@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.tuning.fused.worker import Ready, Worker
+    from tunesmith.tuning.fused.worker import Worker
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a worker says once it has its base.
+
+    Attributes:
+        lanes: of a row; fewer than were wanted where they would not fit.
+        baseline: held-out loss of the base alone; None without held-out rows.
+        too_large: why ranks above `largest` cannot be trained here; empty when all can.
+    """
+
+    lanes: int
+    baseline: float | None
+    largest: int
+    too_large: str = ""
 
 
 class Shell:

@@ -34,6 +34,7 @@ from tunesmith.tuning.fused.begin import begin
 from tunesmith.tuning.fused.export import export
 from tunesmith.tuning.fused.group import Group
 from tunesmith.tuning.fused.lanes import bucket_of
+from tunesmith.tuning.fused.shell import Ready
 from tunesmith.tuning.fused.trial import Trial
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -75,22 +76,6 @@ class Settings:
     threads: int | None = None
     log: Path | None = None
     keeps_all: bool = False
-
-
-@dataclass(frozen=True)
-class Ready:
-    """What a worker says once it has its base.
-
-    Attributes:
-        lanes: of a row; fewer than were wanted where they would not fit.
-        baseline: held-out loss of the base alone; None without held-out rows.
-        too_large: why ranks above `largest` cannot be trained here; empty when all can.
-    """
-
-    lanes: int
-    baseline: float | None
-    largest: int
-    too_large: str = ""
 
 
 @dataclass
