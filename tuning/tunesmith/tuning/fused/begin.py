@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.recipe.schema import Lora, Recipe
@@ -26,9 +26,23 @@ def as_peft(recipe: Recipe, base: BaseRef, dtype: torch.dtype = torch.float32) -
     return lora.adapt(model, spec, base=base.loadable, revision=base.revision, seed=seed, dtype=dtype)
 
 
-def begin(layout: Layout, recipe: Recipe, base: BaseRef, device: torch.device) -> Adapter:
-    """A new adapter for this trial."""
+def begin(
+    layout: Layout, recipe: Recipe, base: BaseRef, device: torch.device, known: dict[str, Tensor] | None = None
+) -> Adapter:
+    """A new adapter for this trial.
+
+    Args:
+        known: first weights that were made before, by what they depend on; a second trial of the same rank, layers and
+            seed takes them from there.
+    """
     adapter = Adapter(layout, recipe, device)
+    spec = recipe.adaptation
+    assert isinstance(spec, Lora), f"{spec.kind} is not trained side by side"
+    decisive = repr((spec.rank, spec.target_modules, recipe.train.seed))
+    if known is not None and decisive in known:
+        with torch.no_grad():
+            adapter.weights.copy_(known[decisive])
+        return adapter
     weights = dict(as_peft(recipe, base).named_parameters())
     for name in layout.spans:
         first, second = (f"base_model.model.{name}.{matrix}" for matrix in (A, B))
@@ -36,6 +50,8 @@ def begin(layout: Layout, recipe: Recipe, base: BaseRef, device: torch.device) -
             a_RD, b_OR = adapter.matrices(name)
             a_RD.copy_(weights[first].detach())
             b_OR.copy_(weights[second].detach())
+    if known is not None:
+        known[decisive] = adapter.weights.detach().clone()
     return adapter
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import ModelError, NonFiniteError, ResourceError, TunesmithError
@@ -26,7 +28,6 @@ from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers import models, zero
 from tunesmith.trainers.adaptations import lora
 from tunesmith.trainers.data.prepare import open_prepared
-from tunesmith.trainers.figures import memory_gib
 from tunesmith.trainers.worker import log_to
 from tunesmith.tuning.feasible import side_by_side, why_not
 from tunesmith.tuning.fused import states
@@ -124,17 +125,22 @@ class Worker:
         self.data = open_prepared(settings.cache, settings.data)
         self.members: dict[str, Member] = {}
         self.changed = threading.Condition()
-        self.beginning = threading.Lock()  # first weights come from torch's one generator, seeded for each trial
+        self.first_weights: dict[str, Tensor] = {}
+        self.jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self.failure: BaseException | None = None
         self.patience_s = 0.0
+        threading.Thread(target=self._work, daemon=True, name="fused").start()
 
     def start(self) -> Ready:
-        """Finds out how many lanes fit, loads the base and begins to work. Called once, before everything else.
+        """Finds out how many lanes fit and loads the base. Called once, before everything else.
 
         Raises:
             ResourceError: not even the smallest trial fits, with the numbers.
             ModelError: a target matches nothing, or a layer that is not linear.
         """
+        return self._do(self._load)
+
+    def _load(self) -> Ready:
         settings = self.settings
         recipe = Recipe.model_validate(settings.recipe)
         lanes, largest, too_large = self._room(recipe)
@@ -142,7 +148,6 @@ class Worker:
         dtype = DTYPES[zero.precision(recipe, self.device.type == "cuda")]
         self.group = Group(recipe, self.base, self.data, targets, settings.length, lanes, self.device, dtype)
         baseline = self.group.held_out_loss(None) if self.group.held_out else None
-        threading.Thread(target=self._work, daemon=True, name="fused").start()
         return Ready(lanes, baseline, largest, too_large)
 
     def _room(self, recipe: Recipe) -> tuple[int, int, str]:
@@ -176,8 +181,8 @@ class Worker:
             source: run of another trial, whose state it takes when it has none of that step itself.
         """
         trial_recipe = Recipe.model_validate(recipe)
-        with self.beginning:
-            adapter = begin(self.group.layout, trial_recipe, self.base, self.device)
+        known = self.first_weights
+        adapter = self._do(lambda: begin(self.group.layout, trial_recipe, self.base, self.device, known))
         trial = Trial(key, trial_recipe, self.data, adapter, self.group.length)
         folder = Path(run)
         folder.mkdir(parents=True, exist_ok=True)
@@ -223,13 +228,13 @@ class Worker:
             run: the trial's folder.
             folder: where the artifact goes.
         """
-        trial_recipe, source = Recipe.model_validate(recipe), Path(run)
+        return self._do(lambda: self._export(Recipe.model_validate(recipe), Path(run), step, RunFolder(Path(folder))))
+
+    def _export(self, trial_recipe: Recipe, source: Path, step: int, folder: RunFolder) -> str:
         adapter = begin(self.group.layout, trial_recipe, self.base, self.device)
         trial = Trial("winner", trial_recipe, self.data, adapter, self.group.length)
         states.load(trial, states.at(source / STATES, step))
-        return str(
-            export(self.group, adapter, trial_recipe, self.base, RunFolder(Path(folder)), source / "metrics.jsonl")
-        )
+        return str(export(self.group, adapter, trial_recipe, self.base, folder, source / "metrics.jsonl"))
 
     def close(self, key: str) -> None:
         """Takes a trial away; its lane is free for the next."""
@@ -241,15 +246,27 @@ class Worker:
         """Trials that are here."""
         return len(self.members)
 
-    def memory_gib(self) -> float:
-        """Most memory taken on a GPU; what the process holds on a CPU."""
-        return memory_gib(self.device)
+    def _do(self, job: Callable[[], Any]) -> Any:
+        """Has the working thread do something between two rows. It alone computes: torch makes threads for each thread
+        that does, and more of them than cores wait for each other; and first weights come from torch's one generator."""
+        done: Future[Any] = Future()
+        with self.changed:
+            if self.failure is not None:
+                raise RuntimeError(f"the shared worker failed: {self.failure}") from self.failure
+            self.jobs.append((job, done))
+            self.changed.notify_all()
+        return done.result()
 
     def _work(self) -> None:
         try:
             while True:
                 with self.changed:
-                    self.changed.wait_for(self._at_work)
+                    self.changed.wait_for(lambda: self.jobs or self._at_work())
+                while self.jobs:
+                    _answer(*self.jobs.popleft())
+                with self.changed:
+                    if not self._at_work():
+                        continue
                     # those that have just reported are about to be sent on: a row that they fill costs no more than one
                     # without them
                     self.changed.wait_for(lambda: len(self._at_work()) == len(self.members), self.patience_s)
@@ -305,6 +322,13 @@ class Worker:
         with self.changed:
             member.goal, member.figures, member.failure = None, figures, failure
             self.changed.notify_all()
+
+
+def _answer(job: Callable[[], Any], done: Future[Any]) -> None:
+    try:
+        done.set_result(job())
+    except BaseException as failure:  # noqa: BLE001 - handed to the caller
+        done.set_exception(failure)
 
 
 def _share_done(member: Member) -> float:
