@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -38,10 +39,17 @@ def unbroken(folder: Path) -> list[tuple[object, ...]]:
     return outcome(folder, "unbroken")
 
 
-def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
+GRID = {
+    "searcher": "grid",
+    "trials": None,
+    "space": {"train.learning_rate": {"grid": [1e-4, 1e-3, 1e-2]}, "adaptation.rank": {"grid": [4, 8]}},
+}
+
+
+def start(folder: Path, name: str, **tune: Any) -> subprocess.Popen[bytes]:
     """`tunesmith sweep` of the test's recipe under this name."""
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(sweep_recipe(folder, name, train={"max_steps": 40}, reports=8)))
+    path.write_text(yaml.safe_dump(sweep_recipe(folder, name, train={"max_steps": 40}, reports=8, **tune)))
     log = (folder / f"{name}.log").open("ab")
     command = [sys.executable, "-m", "tunesmith.cluster.main", "sweep", str(path)]
     return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -65,24 +73,37 @@ def reports(folder: Path, name: str) -> int:
 
 
 def test_a_killed_driver_loses_nothing(folder: Path, unbroken: list[tuple[object, ...]]) -> None:
-    run = start(folder, "killed")
-    wait_until(run, lambda: reports(folder, "killed") >= 20)
+    kill_and_start_again(folder, "killed")
+    assert outcome(folder, "killed") == unbroken
+
+
+@pytest.mark.matrix
+def test_a_killed_driver_of_a_grid_loses_nothing(folder: Path) -> None:
+    whole = start(folder, "whole-grid", **GRID)
+    assert whole.wait(PATIENCE_S) == 0, said(folder, "whole-grid")
+    kill_and_start_again(folder, "killed-grid", **GRID)
+    assert outcome(folder, "killed-grid") == outcome(folder, "whole-grid")
+
+
+def kill_and_start_again(folder: Path, name: str, **tune: Any) -> None:
+    """SIGKILL of the driver half-way, then the same command to its end; nothing that was reported is reported again."""
+    run = start(folder, name, **tune)
+    wait_until(run, lambda: reports(folder, name) >= 20)
     below = psutil.Process(run.pid).children(recursive=True)
     run.kill()
     run.wait()
     psutil.wait_procs(below, timeout=60)
     kept = {
         trial.number: (trial.root / "reports.jsonl").read_text()
-        for trial in SweepFolder(folder / "runs" / "killed").trials()
+        for trial in SweepFolder(folder / "runs" / name).trials()
         if trial.reports()
     }
     assert kept
-    again = start(folder, "killed")
-    assert again.wait(PATIENCE_S) == 0, said(folder, "killed")
+    again = start(folder, name, **tune)
+    assert again.wait(PATIENCE_S) == 0, said(folder, name)
     for number, before in kept.items():
-        after = (SweepFolder(folder / "runs" / "killed").trial(number).root / "reports.jsonl").read_text()
+        after = (SweepFolder(folder / "runs" / name).trial(number).root / "reports.jsonl").read_text()
         assert after.startswith(before), f"trial {number} was run again"
-    assert outcome(folder, "killed") == unbroken
 
 
 def test_a_killed_worker_is_replaced(folder: Path, unbroken: list[tuple[object, ...]]) -> None:

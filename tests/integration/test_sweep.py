@@ -139,6 +139,17 @@ def test_trials_with_workers_of_their_own_say_what_fused_ones_say(folder: Path, 
     assert verify(Path(results(folder, "isolated")["artifact"])).about["parity_passed"]
 
 
+@pytest.mark.matrix
+def test_the_winner_is_trained_anew_with_several_seeds(folder: Path, ray_session: RaySession) -> None:
+    tune = {"trials": 2, "final": "retrain", "final_seeds": 2, "reports": 2}
+    made = sweep.run(loaded(sweep_recipe(folder, "anew", **tune)))
+    again = results(folder, "anew")["retrained"]
+    assert again["seeds"] == [42, 43]
+    assert again["mean"] == pytest.approx(statistics.fmean(again["values"]))
+    assert again["values"][0] == pytest.approx(made.value, abs=1e-4), "the same seed comes to what the trial came to"
+    assert verify(Path(made.artifact)).about["parity_passed"]
+
+
 SEARCHED = {"train.learning_rate": {"loguniform": [1e-6, 0.3]}, "adaptation.rank": {"choice": [4, 8]}}
 LISTED = {"train.learning_rate": {"grid": [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.3]}, "adaptation.rank": {"grid": [4, 8]}}
 
