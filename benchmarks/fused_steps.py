@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -224,7 +223,8 @@ def held_and_base(folder: Path) -> tuple[int, int]:
     base = sum(weight.nbytes for name, weight in fused.group.model.named_parameters() if "anchor" not in name)
     for _ in range(3):
         fused.step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, base
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024 - before, base
 
 
 if __name__ == "__main__":

@@ -114,7 +114,6 @@ class StepSums:
 
     loss: float = 0.0
     tokens: int = 0
-    units: int = 0
 
 
 @dataclass
@@ -163,7 +162,6 @@ class Trial:
         self.adapter.gradient += gradient_P
         self.sums.loss += loss
         self.sums.tokens += int(self.data.train.lengths[list(unit.examples)].sum())
-        self.sums.units += 1
         if not math.isfinite(loss):
             return False
         return self._end_step(unit) if unit.is_last else True
