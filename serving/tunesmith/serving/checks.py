@@ -21,6 +21,7 @@ from tunesmith.cluster.storage import MANIFEST, FileRecord
 from tunesmith.serving.bases import BaseFacts
 from tunesmith.serving.documents import parse_json, refuse_code
 from tunesmith.serving.lora import check_fit, lora_rank
+from tunesmith.serving.templates import check_templates
 from tunesmith.serving.tensors import check_finite, read_header
 
 WEIGHTS = "adapter_model.safetensors"
@@ -59,6 +60,7 @@ class Rules:
         base: the base that it is to be served on, when it is at hand.
         base_digest: what the operator says it was trained on; needed when no manifest says it.
         trust_base: whether an adapter may enter of which nobody knows the base.
+        trust_template: whether its chat templates enter unjudged.
         max_rank: largest LoRA rank.
         max_bytes: of all its files together.
     """
@@ -66,6 +68,7 @@ class Rules:
     base: BaseFacts | None = None
     base_digest: str | None = None
     trust_base: bool = False
+    trust_template: bool = False
     max_rank: int = 256
     max_bytes: int = 8 * 2**30
 
@@ -124,12 +127,15 @@ def judged(copy: Path, files: Mapping[str, FileRecord], rules: Rules) -> Facts:
         AdapterError: names the file, what was expected and what was found.
     """
     manifest = _manifest(copy, files) if (copy / MANIFEST).exists() else None
-    config = None
+    settings: dict[str, Any] = {}
     for name in sorted(files):
         if name.endswith((".json", ".jsonl")):
             value = _checked_json(copy, name)
-            config = value if name == SETTINGS else config
-    assert config is not None, f"{SETTINGS} is among the admissible files"
+            if "/" not in name and name not in _VOCABULARIES:
+                settings[name] = value
+    config = settings[SETTINGS]
+    if not rules.trust_template:
+        check_templates(copy, files, settings)
     peft_type = _checked_settings(config)
     tensors = read_header(copy / WEIGHTS, WEIGHTS)
     if not tensors:

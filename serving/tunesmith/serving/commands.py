@@ -42,6 +42,9 @@ def adapters_add(
     trust_base: Annotated[
         bool, typer.Option("--trust-base", help="Take it although nobody says which base it was trained on.")
     ] = False,
+    trust_template: Annotated[
+        bool, typer.Option("--trust-template", help="Take its chat templates unjudged; they run at every request.")
+    ] = False,
     max_rank: Annotated[int, typer.Option("--max-rank", min=1, help="Largest LoRA rank.")] = 256,
     registry: RegistryRoot = "registry",
     as_json: AsJson = False,
@@ -49,7 +52,9 @@ def adapters_add(
     """Check an adapter and make it a version. The first version of a name is served as NAME at once."""
     from tunesmith.serving import adapters_command
 
-    offered = adapters_command.Offered(name, artifact, alias, owner, base, base_digest, trust_base, max_rank)
+    offered = adapters_command.Offered(
+        name, artifact, alias, owner, base, base_digest, trust_base, trust_template, max_rank
+    )
     adapters_command.add(registry, offered, as_json)
 
 
