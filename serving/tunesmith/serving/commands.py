@@ -34,7 +34,10 @@ def adapters_add(
     alias: Annotated[str | None, typer.Option("--alias", help="Move this alias to it.")] = None,
     owner: Annotated[str | None, typer.Option("--owner", help="Tenant that alone sees it.")] = None,
     base: Annotated[
-        str | None, typer.Option("--base", metavar="BASE", help="The base it will be served on, to compare with.")
+        str | None,
+        typer.Option(
+            "--base", metavar="BASE", help="The base it will be served on, to compare with; its own without a manifest."
+        ),
     ] = None,
     base_digest: Annotated[
         str | None, typer.Option("--base-digest", metavar="HEX", help="The base it was trained on, without a manifest.")
