@@ -222,7 +222,7 @@ def certify(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Its folder.", show_default=False)],
     model: Annotated[str, typer.Option("--model", help="The name it is served by.", show_default=False)],
     base: Annotated[
-        str | None, typer.Option("--base", help="Name of the base it runs on. [default: found by itself]")
+        str | None, typer.Option("--base", help="Name of the base an adapter runs on. [default: found by itself]")
     ] = None,
     url: Url = LOCAL,
     key: ApiKey = None,
