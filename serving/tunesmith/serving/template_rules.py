@@ -6,7 +6,7 @@ as a multiple of the conversation, and knows of which loop's item it is a part. 
 - a loop in a loop must go over a part of the outer one's item, so that all its rounds together see the conversation once;
   in a loop over anything but the messages themselves nothing else of the conversation may be written out;
 - no value may weigh more than HEAVIEST, however often it was put together, escaped or split;
-- what a namespace carries from round to round may stand once in what is assigned to a namespace;
+- what a namespace carries may stand once in what is assigned to a namespace, and no round writes a long text of its own;
 - only functions, methods and filters whose result has a known weight can be called, and no callable is ever a value.
 
 This service gives templates messages with a role and a text, the special tokens, and neither tools nor documents: loops
@@ -25,10 +25,10 @@ from tunesmith.serving.template_calls import Calls
 from tunesmith.serving.template_values import (
     ABSENT,
     CALLED,
-    CAPTURED,
     CARRIED,
     CONSTANT,
     GIVEN,
+    MOST_FIXED,
     NAMES,
     NUMBER,
     OF_OBJECTS,
@@ -40,6 +40,7 @@ from tunesmith.serving.template_values import (
     Value,
     either,
     item,
+    repeated,
     times,
     total,
 )
@@ -158,8 +159,10 @@ class Judge:
         outer, is_counted = self._innermost(), over.kind != "absent"
         if is_counted and outer is not None and over.part_of != outer.number:
             raise RefusedError(node.lineno, "a loop in a loop, over something else than a part of the outer one's item")
+        if (over.gain > 0 and over.kind != "number") or (outer is not None and over.fixed > MOST_FIXED):
+            raise RefusedError(node.lineno, "a loop over what a namespace has gathered, or over a text of the template")
         self._loops += 1
-        each = replace(item(over), part_of=self._loops) if is_counted else ABSENT
+        each = replace(item(over), part_of=self._loops, fixed=0) if is_counted else ABSENT
         before = self._names
         self._names = {**before, "loop": Value(1, 0, self._loops, "loop")}
         self._rounds.append(Round(self._loops, each, over.kind == "messages", is_counted))
@@ -167,12 +170,9 @@ class Judge:
         if node.test is not None:
             self._of(node.test)
         written = self._run(node.body)
-        number = self._rounds.pop().number
+        ended = self._rounds.pop()
         self._names = before
-        factor = 1.0 if written.part_of == number else CAPTURED
-        parts = over.part_of if written.part_of in (number, CONSTANT) else written.part_of
-        written = Value(factor * written.weight, CAPTURED * written.gain, parts) if is_counted else written
-        return either(written, self._scoped(node.else_))
+        return either(repeated(node.lineno, over, ended, written), self._scoped(node.else_))
 
     def _run_macro(self, node: nodes.Macro) -> Value:
         rounds, self._rounds = self._rounds, []
@@ -243,11 +243,11 @@ class Judge:
 
     def _of_const(self, node: nodes.Const) -> Value:
         if isinstance(node.value, str):
-            return Value(len(node.value) / 100)
+            return Value(len(node.value) / 100, fixed=len(node.value) / 100)
         return ABSENT if node.value is None else NUMBER
 
     def _of_templatedata(self, node: nodes.TemplateData) -> Value:
-        return Value(len(node.data) / 100)
+        return Value(len(node.data) / 100, fixed=len(node.data) / 100)
 
     def _of_name(self, node: nodes.Name) -> Value:
         if node.name in self._macros or (node.name in NAMES and node.name != "loop"):
@@ -395,4 +395,6 @@ class Judge:
             return value
         if value.part_of not in (CONSTANT, inner.number) or (is_written and value.gain > 0):
             raise RefusedError(node.lineno, "repeats what is outside of a loop for every part of the conversation")
+        if value.fixed > MOST_FIXED:
+            raise RefusedError(node.lineno, "repeats a long text for every part of the conversation")
         return value

@@ -32,6 +32,8 @@ METHODS = {
 }
 OF_OBJECTS = {name for kind in (str, bytes, int, float, list, dict, tuple, set, range) for name in dir(kind)}
 OF_OBJECTS -= {"index", "count", "title", "real", "imag"}
+MOST_FIXED, MOST_FIXED_OF_MESSAGES = 5.0, 200.0
+"""Weight of a template's own text that a round of a loop may write; more where a round is for a whole message."""
 SHORT, WIDEST = 64, 8
 """Characters of a replacement or a separator; spaces of tojson's indent."""
 
@@ -59,16 +61,18 @@ class Value:
         part_of: number of the loop of whose item it is a part; else the whole conversation, or nothing of it.
         kind: what it is, where that is known: `number`, `messages`, `message`, `role`, `namespace`, `loop`,
             `absent` (tools, and whatever this service does not give).
+        fixed: the part of the weight that is the template's own text, which every round of a loop writes again.
     """
 
     weight: float = 0.0
     gain: float = 0.0
     part_of: int = CONSTANT
     kind: str = "other"
+    fixed: float = 0.0
 
 
 NUMBER, ABSENT = Value(kind="number"), Value(kind="absent")
-UNKNOWN = Value(TOKEN)
+UNKNOWN = Value(TOKEN, fixed=1)
 GIVEN = {"messages": Value(1, 0, WHOLE, "messages"), "tools": ABSENT, "documents": ABSENT}
 
 
@@ -86,7 +90,8 @@ def total(*values: Value) -> Value:
     """All of them, one after the other."""
     made = Value()
     for one in values:
-        made = Value(made.weight + one.weight, made.gain + one.gain, _common(made.part_of, one.part_of))
+        part_of = _common(made.part_of, one.part_of)
+        made = Value(made.weight + one.weight, made.gain + one.gain, part_of, fixed=made.fixed + one.fixed)
     return made
 
 
@@ -100,18 +105,36 @@ def either(*values: Value) -> Value:
             max(made.gain, one.gain),
             _common(made.part_of, one.part_of),
             kinds.pop() if len(kinds) == 1 else "other",
+            max(made.fixed, one.fixed),
         )
     return made
 
 
 def times(value: Value, factor: float) -> Value:
     """A text made of one, and so many times as large."""
-    return Value(value.weight * factor, value.gain * factor, value.part_of)
+    return Value(value.weight * factor, value.gain * factor, value.part_of, fixed=value.fixed * factor)
 
 
 def item(value: Value) -> Value:
     """One that it holds."""
     return replace(value, kind={"messages": "message", "absent": "absent"}.get(value.kind, "other"))
+
+
+def repeated(line: int, over: Value, ended: Round, written: Value) -> Value:
+    """What all rounds of a loop write.
+
+    Args:
+        over: what it goes over.
+        written: by one round.
+    """
+    if not ended.is_counted:
+        return written
+    most, items = (MOST_FIXED_OF_MESSAGES, 4) if ended.is_plain else (MOST_FIXED, 100)  # in a weight of one
+    if written.fixed > most:
+        raise RefusedError(line, f"every round writes {100 * written.fixed:,.0f} characters; at most {100 * most:,.0f}")
+    factor = 1.0 if written.part_of == ended.number else CAPTURED
+    parts = over.part_of if written.part_of in (ended.number, CONSTANT) else written.part_of
+    return Value(factor * written.weight + items * over.weight * written.fixed, CAPTURED * written.gain, parts)
 
 
 def _common(one: int, other: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from chat_templates import KNOWN
 from tiny_models import CHATML
 
 from tunesmith.cluster.errors import AdapterError
-from tunesmith.serving import templates
+from tunesmith.serving import adapters_command, templates
+from tunesmith.serving.adapters_command import Offered
 from tunesmith.serving.checks import Rules
 from tunesmith.serving.registry import Registry
 from tunesmith.serving.templates import check_template
@@ -174,6 +176,33 @@ BOMBS: dict[str, tuple[str, int, str]] = {
         "{% for c in messages[0].content %}{{ ns.x }}{% endfor %}",
         1,
         "repeats what is outside of a loop",
+    ),
+    "a long text for every letter": (
+        "{% for c in messages[0].content %}" + "x" * 90_000 + "{% endfor %}",
+        1,
+        "repeats a long text for every part",
+    ),
+    "many texts for every letter": (
+        "{% for c in messages[0].content %}" + "{{ 'xxxxxxxxxx' }}" * 60 + "{% endfor %}",
+        1,
+        "every round writes 600 characters; at most 500",
+    ),
+    "a long text for every message": (M + "x" * 90_000 + END, 1, "every round writes 90,000 characters"),
+    "a long text behind every letter": (
+        M + "{% for c in m.content %}{% for d in c ~ '" + "x" * 9_000 + "' %}y" + END * 3,
+        1,
+        "repeats a long text for every part",
+    ),
+    "letters spread again and again": (
+        "{% set t = messages[0].content %}" + "{% set t %}{% for c in t %}{{ c }}x{% endfor %}{% endset %}" * 20,
+        1,
+        "times as long as the conversation",
+    ),
+    "letters gathered again and again": (
+        "{% set ns = namespace(x=messages[0].content, y='') %}"
+        + "{% for c in ns.x %}{% set ns.y = ns.y ~ 'xx' %}{% endfor %}{% set ns.x = ns.y %}{% set ns.y = '' %}" * 20,
+        1,
+        "a loop over what a namespace has gathered",
     ),
     "center": ("{{ 'x'|center(999999999) }}", 1, "the filter center is none of those"),
     "wordwrap": ("{{ 'x'|wordwrap(1, wrapstring='x') }}", 1, "the filter wordwrap"),
@@ -353,6 +382,16 @@ def test_bombs_are_found_wherever_a_tokenizer_looks_and_enter_only_when_trusted(
         registry.add("support", folder, rules=Rules(trust_base=True))
     assert registry.newest() == 0
     assert registry.add("support", folder, rules=Rules(trust_base=True, trust_template=True)).new
+
+
+def test_trust_is_an_option_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_adapters.plain(tmp_path / "adapter")
+    (folder / "chat_template.jinja").write_text(BOMB)
+    offered = Offered("support", folder, base_digest=tiny_adapters.BASE_DIGEST)
+    with pytest.raises(AdapterError, match="multiplies"):
+        adapters_command.add(str(tmp_path / "registry"), offered, True)
+    adapters_command.add(str(tmp_path / "registry"), replace(offered, trust_template=True), True)
+    assert json.loads(capsys.readouterr().out)["new"] is True
 
 
 def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
