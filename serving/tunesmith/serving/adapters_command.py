@@ -29,6 +29,7 @@ class Offered:
     base: str | None = None
     base_digest: str | None = None
     trust_base: bool = False
+    trust_template: bool = False
     max_rank: int = 256
 
 
@@ -44,6 +45,7 @@ def add(root: str, offered: Offered, as_json: bool) -> None:
         base=facts_of(base_of("--base", offered.base, RUNS)) if offered.base else None,
         base_digest=offered.base_digest,
         trust_base=offered.trust_base,
+        trust_template=offered.trust_template,
         max_rank=offered.max_rank,
     )
     registry = Registry(root)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,10 @@ class Catalog(_Entry):
     def visible_to(self, tenant: str | None) -> Catalog:
         """What a tenant may know of: its own adapters and those that nobody owns."""
         return Catalog(adapters={name: one for name, one in self.adapters.items() if one.owner in (None, tenant)})
+
+    def without_names(self, taken: Collection[str]) -> Catalog:
+        """What a service can serve that has bases and mixtures of these names: they win."""
+        return Catalog(adapters={name: one for name, one in self.adapters.items() if name not in taken})
 
     def adapter(self, name: str) -> Adapter:
         """An adapter by its name.

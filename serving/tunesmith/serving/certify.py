@@ -13,6 +13,7 @@ import httpx
 
 from tunesmith.cluster.artifacts import ParityRows, ServedReceipt, verify
 from tunesmith.cluster.errors import CheckpointError, UsageError
+from tunesmith.serving.checks import SETTINGS
 
 LEAST_CHANGE = 1e-6
 """Nats. An adapter that moves no log-probability by more has no effect."""
@@ -69,15 +70,22 @@ def certify(artifact: Path, service: Service, model: str, base: str | None) -> S
 
     Args:
         model: what clients ask for.
-        base: name of the base it runs on; None looks for it among the models.
+        base: name of the base it runs on; None looks for it among the models. A whole model has none beside it: then
+            only its answers and its template are compared.
 
     Raises:
-        UsageError: the artifact carries no rows, or the service cannot be asked.
+        UsageError: the artifact carries no rows, it is a whole model and a base was named, or the service cannot be asked.
     """
     rows = read_rows(artifact)
+    is_adapter = (artifact / SETTINGS).is_file()
+    if base and not is_adapter:
+        raise UsageError(
+            f"{artifact} is a whole model, not an adapter: there is no base beside it to compare with",
+            "Leave out --base; --model is the name that the model itself is served by, as a base.",
+        )
     problems: list[str] = []
     differences, changes = [], []
-    base = base or find_base_model(service, model, rows.rows[0].tokens)
+    base = base or (find_base_model(service, model, rows.rows[0].tokens) if is_adapter else None)
     versions: set[str] = set()
     for row in rows.rows:
         served, headers = service.scores(model, row.tokens)
@@ -97,11 +105,11 @@ def certify(artifact: Path, service: Service, model: str, base: str | None) -> S
     if len(versions) > 1:
         found = ", ".join(sorted(version[:12] for version in versions))
         problems.append(f"{model} is split between the versions {found}: certify each by itself, as NAME@VERSION")
-    if not base:
+    if not base and is_adapter:
         problems.append(
             "no model of the service is the base alone, so the adapter's effect cannot be seen; give --base"
         )
-    elif not max(changes) > LEAST_CHANGE:
+    elif base and not max(changes) > LEAST_CHANGE:
         problems.append(f"{model} answers as its base {base}: the adapter has no effect")
     matches = template_matches(artifact, service, model)
     if matches is False:

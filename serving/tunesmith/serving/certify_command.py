@@ -37,8 +37,9 @@ def described(receipt: ServedReceipt) -> str:
     """A passed receipt in words."""
     template = {True: "the chat template gives the same tokens", None: "there is no chat template", False: ""}
     change = f", {receipt.base_difference:.2g} away from the base" if receipt.base_difference is not None else ""
+    version = "the base alone" if receipt.version == "none" else f"version {receipt.version[:12]}"
     return (
-        f"{receipt.model} (version {receipt.version[:12]}) answers as it was trained: {receipt.tokens} tokens of "
+        f"{receipt.model} ({version}) answers as it was trained: {receipt.tokens} tokens of "
         f"{receipt.rows} held-out rows within {receipt.difference:.2g} nats{change}; "
         f"{template[receipt.template_matches]}."
     )

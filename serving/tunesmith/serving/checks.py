@@ -6,6 +6,7 @@ An artifact is judged in two steps. `admissible` looks at names, kinds and sizes
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import os
 import re
@@ -20,7 +21,8 @@ from tunesmith.cluster.errors import AdapterError, CheckpointError
 from tunesmith.cluster.storage import MANIFEST, FileRecord
 from tunesmith.serving.bases import BaseFacts
 from tunesmith.serving.documents import parse_json, refuse_code
-from tunesmith.serving.lora import check_fit, lora_rank
+from tunesmith.serving.lora import check_fit, check_layers, lora_rank
+from tunesmith.serving.templates import check_templates
 from tunesmith.serving.tensors import check_finite, read_header
 
 WEIGHTS = "adapter_model.safetensors"
@@ -46,6 +48,15 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy"
 _MOST_FILES = 256
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")
 """Their keys are tokens, of which one may well be called auto_map."""
+PEFT_TYPES = frozenset(
+    """
+    ADALORA ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA
+    IA3 LILY LN_TUNING LOHA LOKR LORA MISS MULTITASK_PROMPT_TUNING OFT OSF PEANUT POLY PREFIX_TUNING PROMPT_TUNING
+    PSOFT PVERA P_TUNING RANDLORA ROAD SHADOW SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA
+    WAVEFT XLORA
+    """.split()  # noqa: SIM905 - one to a line would be a page
+)
+"""Kinds of adapters that PEFT knows, written down because it takes seconds to import."""
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LONGEST_PATTERN, _MOST_REPEATS = 1000, 6
@@ -56,9 +67,10 @@ class Rules:
     """What an adapter is held against.
 
     Attributes:
-        base: the base that it is to be served on, when it is at hand.
-        base_digest: what the operator says it was trained on; needed when no manifest says it.
+        base: the base that it is to be served on, when it is at hand; without a manifest, the one it was trained on.
+        base_digest: what the operator says it was trained on; needed when neither a manifest nor `base` says it.
         trust_base: whether an adapter may enter of which nobody knows the base.
+        trust_template: whether its chat templates enter unjudged.
         max_rank: largest LoRA rank.
         max_bytes: of all its files together.
     """
@@ -66,6 +78,7 @@ class Rules:
     base: BaseFacts | None = None
     base_digest: str | None = None
     trust_base: bool = False
+    trust_template: bool = False
     max_rank: int = 256
     max_bytes: int = 8 * 2**30
 
@@ -124,12 +137,15 @@ def judged(copy: Path, files: Mapping[str, FileRecord], rules: Rules) -> Facts:
         AdapterError: names the file, what was expected and what was found.
     """
     manifest = _manifest(copy, files) if (copy / MANIFEST).exists() else None
-    config = None
+    settings: dict[str, Any] = {}
     for name in sorted(files):
         if name.endswith((".json", ".jsonl")):
             value = _checked_json(copy, name)
-            config = value if name == SETTINGS else config
-    assert config is not None, f"{SETTINGS} is among the admissible files"
+            if "/" not in name and name not in _VOCABULARIES:
+                settings[name] = value
+    config = settings[SETTINGS]
+    if not rules.trust_template:
+        check_templates(copy, files, settings)
     peft_type = _checked_settings(config)
     tensors = read_header(copy / WEIGHTS, WEIGHTS)
     if not tensors:
@@ -137,8 +153,10 @@ def judged(copy: Path, files: Mapping[str, FileRecord], rules: Rules) -> Facts:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     rank = lora_rank(config, shapes, rules.max_rank) if peft_type == "LORA" else None
     base_digest = _base_digest(manifest, rules)
-    if rank is not None and rules.base is not None and rules.base.shapes is not None:
-        check_fit(config, shapes, rules.base.shapes)
+    if rules.base is not None and rules.base.shapes is not None:
+        check_layers(config, rules.base.shapes)
+        if rank is not None:
+            check_fit(config, shapes, rules.base.shapes)
     check_finite(copy / WEIGHTS, tensors, WEIGHTS)
     return Facts(base_digest, peft_type, rank, manifest.about if manifest else {})
 
@@ -247,8 +265,11 @@ def _checked_settings(config: Any) -> str:
     if not isinstance(config, dict):
         raise AdapterError(f"{SETTINGS}: {type(config).__name__}, not an object of settings")
     peft_type = config.get("peft_type")
-    if not isinstance(peft_type, str) or not re.fullmatch(r"[A-Z][A-Z0-9_]{1,39}", peft_type):
-        raise AdapterError(f"{SETTINGS}: peft_type is {str(peft_type)[:60]!r}; expected one of PEFT's, such as LORA")
+    if not isinstance(peft_type, str) or peft_type not in PEFT_TYPES:
+        near = difflib.get_close_matches(str(peft_type).upper(), PEFT_TYPES, 1) or ["LORA"]
+        raise AdapterError(
+            f"{SETTINGS}: peft_type is {str(peft_type)[:60]!r}; expected one of PEFT's, such as {near[0]}"
+        )
     if config.get("megatron_config"):
         raise AdapterError(f"{SETTINGS}: megatron_config would make PEFT import {config.get('megatron_core')!r}")
     for key in ("auto_mapping", "rank_pattern", "alpha_pattern"):
@@ -285,10 +306,10 @@ def _base_digest(manifest: Manifest | None, rules: Rules) -> str | None:
     """The digest of the base that an adapter was trained on, once all who know it agree."""
     base = manifest.about.get("base") if manifest else None
     signed = base.get("digest") if isinstance(base, dict) else None
-    said = signed or rules.base_digest
+    served = rules.base.digest if rules.base else None
+    said = signed or rules.base_digest or served
     if said is not None and not (isinstance(said, str) and _DIGEST.fullmatch(said)):
         raise AdapterError(f"base digest {str(said)[:80]!r}: expected 64 hexadecimal digits, lower-case")
-    served = rules.base.digest if rules.base else None
     for who, digest in (("the operator", rules.base_digest), ("the base that it is to be served on", served)):
         if said and digest and said != digest:
             reference = f" ({base.get('reference')})" if isinstance(base, dict) else ""
@@ -299,6 +320,6 @@ def _base_digest(manifest: Manifest | None, rules: Rules) -> str | None:
     if said is None and not rules.trust_base:
         raise AdapterError(
             f"no {MANIFEST} says which base this adapter was trained on",
-            "Say so with --base-digest HEX, or take the risk with --trust-base.",
+            "Say so with --base BASE or --base-digest HEX, or take the risk with --trust-base.",
         )
     return said

@@ -34,13 +34,19 @@ def adapters_add(
     alias: Annotated[str | None, typer.Option("--alias", help="Move this alias to it.")] = None,
     owner: Annotated[str | None, typer.Option("--owner", help="Tenant that alone sees it.")] = None,
     base: Annotated[
-        str | None, typer.Option("--base", metavar="BASE", help="The base it will be served on, to compare with.")
+        str | None,
+        typer.Option(
+            "--base", metavar="BASE", help="The base it will be served on, to compare with; its own without a manifest."
+        ),
     ] = None,
     base_digest: Annotated[
         str | None, typer.Option("--base-digest", metavar="HEX", help="The base it was trained on, without a manifest.")
     ] = None,
     trust_base: Annotated[
         bool, typer.Option("--trust-base", help="Take it although nobody says which base it was trained on.")
+    ] = False,
+    trust_template: Annotated[
+        bool, typer.Option("--trust-template", help="Take its chat templates unjudged; they run at every request.")
     ] = False,
     max_rank: Annotated[int, typer.Option("--max-rank", min=1, help="Largest LoRA rank.")] = 256,
     registry: RegistryRoot = "registry",
@@ -49,7 +55,9 @@ def adapters_add(
     """Check an adapter and make it a version. The first version of a name is served as NAME at once."""
     from tunesmith.serving import adapters_command
 
-    offered = adapters_command.Offered(name, artifact, alias, owner, base, base_digest, trust_base, max_rank)
+    offered = adapters_command.Offered(
+        name, artifact, alias, owner, base, base_digest, trust_base, trust_template, max_rank
+    )
     adapters_command.add(registry, offered, as_json)
 
 
@@ -214,7 +222,7 @@ def certify(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Its folder.", show_default=False)],
     model: Annotated[str, typer.Option("--model", help="The name it is served by.", show_default=False)],
     base: Annotated[
-        str | None, typer.Option("--base", help="Name of the base it runs on. [default: found by itself]")
+        str | None, typer.Option("--base", help="Name of the base an adapter runs on. [default: found by itself]")
     ] = None,
     url: Url = LOCAL,
     key: ApiKey = None,

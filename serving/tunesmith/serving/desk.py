@@ -148,8 +148,11 @@ class Desk:
 
     def _take(self, generation: int, catalog: Catalog) -> None:
         """What a thread has read may have been overtaken: an alias never moves back."""
+        own = {*self.digests, *self.config.agents}
+        if generation > self._generation and (hidden := sorted(own & catalog.adapters.keys())):
+            _log.warning("not served, for a base or a mixture has the name: the adapters %s", ", ".join(hidden))
         if generation >= self._generation:
-            self._generation, self._catalog = generation, catalog
+            self._generation, self._catalog = generation, catalog.without_names(own)
 
     async def keep_looking(self) -> None:
         """Looks for changes for ever, and lets requests of lost gateways go."""
@@ -336,14 +339,15 @@ class Desk:
         try:
             if change != "list":
                 await asyncio.to_thread(calls[change], **arguments)
-            self._take(*await asyncio.to_thread(self._read))
+            generation, catalog = await asyncio.to_thread(self._read)
+            self._take(generation, catalog)
         except RegistryError as error:
             raise RequestError(str(error), 404 if isinstance(error, UnknownError) else 409) from error
         except AdapterError as error:
             raise RequestError(str(error)) from error
         except StorageError as error:
             raise RequestError(f"the registry cannot be reached: {error.what}", 503, retry_after=5) from error
-        return {"generation": self._generation, "adapters": self._catalog.model_dump(mode="json")["adapters"]}
+        return {"generation": generation, "adapters": catalog.model_dump(mode="json")["adapters"]}
 
     def metrics(self, authorization: str | None) -> str:
         """For Prometheus, to operators.

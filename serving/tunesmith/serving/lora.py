@@ -12,6 +12,8 @@ from tunesmith.serving.documents import is_count
 Shape = tuple[int, ...]
 
 _PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(\.default)?(\.weight)?")
+_MAGNITUDES = tuple(f"lora_magnitude_vector{middle}{end}" for middle in ("", ".default") for end in ("", ".weight"))
+_LAYER = re.compile(r"\.(\d+)\.")
 _ROOT = "base_model.model."
 _REPEATS = re.compile(r"[*+?{]")
 _MOST_LOOKUPS = 2_000_000
@@ -41,6 +43,8 @@ def lora_rank(config: Mapping[str, Any], shapes: Mapping[str, Shape], max_rank: 
             f"adapter_config.json: rank_pattern of {len(ranks) - 1:,} entries for {len(pairs):,} modules",
             f"Their product may be {_MOST_LOOKUPS:,}.",
         )
+    if config.get("use_dora"):
+        _check_magnitudes(pairs, shapes)
     possible = _possible_ranks(config)
     found = []
     for module, (a_name, a, b_name, b) in pairs.items():
@@ -79,6 +83,39 @@ def lora_pairs(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, Shape, str, 
             raise AdapterError(f"{name}: there is no lora_{'B' if there == 'A' else 'A'} for it")
         pairs[module] = (*of_module["A"], *of_module["B"])
     return pairs
+
+
+def check_layers(config: Mapping[str, Any], base: Mapping[str, Shape]) -> None:
+    """Compares the layers that the settings name with those that the base has.
+
+    Args:
+        base: shape of every weight of the base by its name.
+
+    Raises:
+        AdapterError: the base has no such layer, or it is no number of one.
+    """
+    named = config.get("layers_to_transform")
+    if named is None:
+        return
+    numbers = [int(found[1]) for name in base if (found := _LAYER.search(name))]
+    layers = max(numbers, default=-1) + 1
+    for layer in named if isinstance(named, list) else [named]:
+        if not is_count(layer) or (numbers and layer >= layers):
+            raise AdapterError(
+                f"adapter_config.json: layers_to_transform names layer {str(layer)[:40]}; the base has {layers}, "
+                f"0 to {layers - 1}",
+                "It was trained on another base, or the settings were written by hand.",
+            )
+
+
+def _check_magnitudes(pairs: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
+    """Refuses a DoRA without the magnitudes that were trained: PEFT would take those of the base instead."""
+    for module in pairs:
+        if not any(f"{module}.{name}" in shapes for name in _MAGNITUDES):
+            raise AdapterError(
+                f"adapter_config.json says use_dora, and adapter_model.safetensors has no {module}.{_MAGNITUDES[0]}",
+                "Save the adapter with its magnitudes, or say use_dora: false if it is a plain LoRA.",
+            )
 
 
 def check_fit(config: Mapping[str, Any], shapes: Mapping[str, Shape], base: Mapping[str, Shape]) -> None:

@@ -68,22 +68,23 @@ def started(config: Serve, session: RaySession | None = None) -> Iterator[str]:
 
 def names(config: Serve) -> list[str]:
     """What clients may ask for."""
-    catalog = Registry(config.registry).read()[1]
-    return [*config.bases, *config.agents, *catalog.adapters]
+    own = [*config.bases, *config.agents]
+    return [*own, *Registry(config.registry).read()[1].without_names(own).adapters]
 
 
 def check(config: Serve) -> None:
-    """Refuses what would fail later, or in silence.
+    """Refuses what would fail later, and names adapters that will not be served.
 
     Raises:
-        ServeConfigError: an adapter has the name of a base or a mixture, or the port is taken.
+        ServeConfigError: the port is taken.
     """
     catalog = Registry(config.registry).read()[1]
-    twice = sorted(catalog.adapters.keys() & {*config.bases, *config.agents})
-    if twice:
-        raise ServeConfigError(
-            f"{', '.join(twice)}: both an adapter of {config.registry} and a base or mixture of the configuration",
-            "Give the base or mixture another name.",
+    if twice := sorted(catalog.adapters.keys() & {*config.bases, *config.agents}):
+        say(
+            stderr(),
+            f"{', '.join(twice)}: a base or mixture of the configuration, and also an adapter of {config.registry}, which "
+            "is not served; to reach it, give the base or mixture another name",
+            "yellow",
         )
     with socket.socket(socket.AF_INET6 if ":" in config.http.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

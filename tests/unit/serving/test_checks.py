@@ -172,6 +172,22 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     "JSON that would exhaust the stack": (text("a.json", VERY_DEEP[:900_000]), "nested more deeply|not JSON"),
     "no peft_type": (config(peft_type=None), "peft_type is 'None'; expected one of PEFT's"),
     "a peft_type that is a path": (config(peft_type="../LORA"), "expected one of PEFT's"),
+    "a peft_type of nobody": (config(peft_type="LORAX"), "peft_type is 'LORAX'; expected one of PEFT's, such as LORA"),
+    "a peft_type in small letters": (config(peft_type="lora"), "peft_type is 'lora'; expected one of PEFT's, such as LORA"),
+    "DoRA without magnitudes": (config(use_dora=True), r"use_dora, and .* has no .*q_proj\.lora_magnitude_vector"),
+    "DoRA with the magnitudes of one module": (
+        lambda folder: tiny_adapters.plain(
+            folder, tensors() | {f"{PREFIX}.lora_magnitude_vector": np.ones(16, "f4")}, settings(use_dora=True)
+        ),
+        r"has no base_model\.model\.model\.layers\.0\.self_attn\.v_proj\.lora_magnitude_vector",
+    ),
+    "layers that the base has not": (
+        config(layers_to_transform=[0, 31]),
+        "layers_to_transform names layer 31; the base has 2, 0 to 1",
+    ),
+    "a layer that the base has not": (config(layers_to_transform=2), "names layer 2; the base has 2, 0 to 1"),
+    "a layer that is no number": (config(layers_to_transform="all"), "layers_to_transform names layer all"),
+    "a layer below all": (config(layers_to_transform=[-1]), "layers_to_transform names layer -1"),
     "a rank that is not there": (config(r=None), "r is None; expected 1 to 64"),
     "a rank of zero": (config(r=0), "r is 0; expected 1 to 64"),
     "a rank that is a truth": (config(r=True), "r is True; expected 1 to 64"),
@@ -310,6 +326,15 @@ SOUND: dict[str, Spoil] = {
         settings(rank_pattern={r"layers\.0\.self_attn\.v_proj": 2}),
     ),
     "an expression for modules": config(target_modules=r"model\.layers\.\d+\.self_attn\.(q|v)_proj"),
+    "DoRA with its magnitudes": lambda folder: tiny_adapters.plain(
+        folder,
+        tensors() | {
+            f"base_model.model.model.layers.{n}.{module}.lora_magnitude_vector": np.ones(16, "f4")
+            for n in range(tiny_adapters.LAYERS) for module in tiny_adapters.MODULES
+        },
+        settings(use_dora=True),
+    ),
+    "layers by number": config(layers_to_transform=[0, 1]),
     "the transformers module": config(auto_mapping={"parent_library": "transformers.models.llama.modeling_llama"}),
     "an embedding": lambda folder: tiny_adapters.plain(folder, tensors() | {
         "base_model.model.model.embed_tokens.lora_embedding_A": np.zeros((4, 64), "f4"),
@@ -333,7 +358,7 @@ def test_other_kinds_than_lora_enter_without_a_rank(tmp_path: Path) -> None:
     registry = Registry(str(tmp_path / "registry"))
     registry.add("support", folder, rules=RULES)
     (version,) = registry.read()[1].adapter("support").versions
-    assert (version.peft_type, version.rank, version.base_digest) == ("IA3", None, None)
+    assert (version.peft_type, version.rank, version.base_digest) == ("IA3", None, BASE_DIGEST)
 
 
 def test_a_sound_bfloat16_adapter_enters(tmp_path: Path) -> None:
@@ -357,6 +382,10 @@ def test_the_base_is_known_from_the_manifest_the_operator_or_nobody(tmp_path: Pa
         registry.add("a", tiny_adapters.artifact(tmp_path / "signed"), rules=Rules(base_digest="d" * 64))
     registry.add("a", plain, rules=Rules(base_digest=BASE_DIGEST))
     registry.add("b", plain, rules=Rules(trust_base=True))
+    registry.add(
+        "c", plain, rules=Rules(base=BaseFacts(BASE_DIGEST, BASE_SHAPES))
+    )  # the operator says: this is its base
     catalog = registry.read()[1]
     assert catalog.adapter("a").versions[0].base_digest == BASE_DIGEST
     assert catalog.adapter("b").versions[0].base_digest is None
+    assert catalog.adapter("c").versions[0].base_digest == BASE_DIGEST

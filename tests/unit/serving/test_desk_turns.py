@@ -144,3 +144,19 @@ def test_a_tenant_is_charged_what_its_request_took(desk: Desk) -> None:
         assert line.tag == before + 999
 
     within_seconds(work)
+
+
+def test_a_base_wins_over_an_adapter_of_its_name(desk: Desk, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        desk.registry.add("tiny", tiny_adapters.artifact(tmp_path / "tiny", 3), alias="canary")
+        desk.look()
+        assert [name for name, _ in desk.models(None)] == ["tiny", "bot"]
+        assert "not served, for a base or a mixture has the name: the adapters tiny" in caplog.text
+        assert (await desk.enter(Entry("a", "gateway", None, "tiny"))).digest is None
+        await desk.leave("a", Report())
+        with pytest.raises(RequestError, match="'tiny@canary' does not exist"):
+            await desk.enter(Entry("b", "gateway", None, "tiny@canary"))
+        listed = await desk.admin(None, "list", {})
+        assert sorted(listed["adapters"]) == ["bot", "tiny"]  # operators see it, to take it out
+
+    within_seconds(work)

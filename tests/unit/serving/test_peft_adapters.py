@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from adapters import make_adapter
-from peft import LoraConfig, get_peft_config
+from peft import LoraConfig, PeftType, get_peft_config
 from peft_configs import PEFT_CONFIGS
 from tiny_models import config, tokenizer
 from transformers import AutoModelForCausalLM
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tunesmith.cluster.base import find_base
 from tunesmith.cluster.errors import AdapterError
 from tunesmith.serving.bases import BaseFacts, facts_of
-from tunesmith.serving.checks import Rules
+from tunesmith.serving.checks import PEFT_TYPES, Rules
 from tunesmith.serving.registry import Registry
 
 ALL = "all-linear"
@@ -89,3 +89,7 @@ def test_shapes_of_a_base_that_is_packed_on_disk_are_not_compared(bases: dict[st
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace("{", '{"quantization_config": {"bits": 4},', 1))
     assert facts(folder).shapes is None
+
+
+def test_the_kinds_that_may_enter_are_those_that_peft_has() -> None:
+    assert {kind.value for kind in PeftType} == PEFT_TYPES

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 from pathlib import Path
 
 import pytest
+import tiny_adapters
 
 from tunesmith.cluster.errors import ModelError, ResourceError, ServeConfigError
 from tunesmith.cluster.resources import Node
 from tunesmith.serving.bases import base_of
 from tunesmith.serving.config import Serve, load_config
-from tunesmith.serving.serve_command import check_room, signals
+from tunesmith.serving.registry import Registry
+from tunesmith.serving.serve_command import check, check_room, names, signals
 
 BASES = "bases:\n  tiny: {path: x}\n"
 
@@ -52,6 +55,23 @@ def test_replicas_that_never_fit_are_refused_with_the_numbers() -> None:
     with pytest.raises(ResourceError, match=r"reserve 3 gpus \(tiny 3\), and this machine has 2"):
         check_room(config, [Node(cpus=8, gpus=2)])
     check_room(config, [Node(cpus=8, gpus=3)])
+
+
+def test_an_adapter_of_a_base_s_name_is_warned_about_and_the_base_is_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry = Registry(str(tmp_path / "registry"))
+    for name in ("tiny", "panel", "support"):
+        registry.add(name, tiny_adapters.artifact(tmp_path / name))
+    panel = {"layers": [[{"model": "tiny"}]]}
+    written = {"bases": {"tiny": {"path": "x"}}, "agents": {"panel": panel}, "registry": registry.root}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        config = Serve.model_validate({**written, "http": {"port": probe.getsockname()[1]}})
+    check(config)
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.startswith("panel, tiny: a base or mixture of the configuration, and also an adapter of")
+    assert names(config) == ["tiny", "panel", "support"]
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
