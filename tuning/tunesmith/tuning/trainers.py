@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from tunesmith.tuning.sweep import Ground
 
 NAMESPACE = "tunesmith-sweeps"
-NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
-"""bitsandbytes compiles functions when it is imported, which loads a compiler for a second; nothing here runs them."""
+ENVIRONMENT = {
+    "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes compiles functions when it is imported: a compiler loads for a second
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow down tenfold where others want the cores too
+}
+"""Of a shared worker."""
 
 
 class Trainers:
@@ -152,7 +155,7 @@ def _shared_workers(ground: Ground) -> tuple[list[Any], int]:
         "num_gpus": need.gpus,
         "max_restarts": recipe.train.max_failures,
         "max_concurrency": 4 * settings["lanes"] + 8,
-        "runtime_env": {"env_vars": NO_COMPILER if need.gpus else {**NO_COMPILER, "CUDA_VISIBLE_DEVICES": ""}},
+        "runtime_env": {"env_vars": ENVIRONMENT | ({} if need.gpus else {"CUDA_VISIBLE_DEVICES": ""})},
     }
     shell = ray.remote(Shell)
     made = [shell.options(name=_worker_name(ground, index), **options).remote(settings) for index in range(count)]

@@ -17,6 +17,9 @@ from tunesmith.cluster.recipe.section import Section
 
 Document = TypeVar("Document", bound=Section)
 
+_OF_A_NAME = "[key]"
+"""What pydantic adds to a location when the name itself is wrong."""
+
 
 def checked(
     root: type[Document], tree: dict[str, Any], origins: dict[KeyPath, str], path: Path | str, error: type[UsageError]
@@ -122,7 +125,7 @@ class _Reader(NamedTuple):
         kept: list[str | int] = []
         for index, part in enumerate(loc):
             is_name = isinstance(part, str) and self._is_name_of_member(part, loc[:index])
-            if (*kept, part) in self.origins or (isinstance(part, str) and not is_name):
+            if (*kept, part) in self.origins or (isinstance(part, str) and not is_name and part != _OF_A_NAME):
                 kept.append(part)
         return tuple(kept)
 
