@@ -122,10 +122,7 @@ class Fused:
         names = matches(skeleton(base), targets)
         self.lanes = lanes_for(data.max_length, TRIALS, 1, None)
         self.group = Group(recipes[0], base, data, names, data.max_length, self.lanes, device, torch.float32)
-        self.trials = [
-            Trial(one.name, one, data, begin(self.group.layout, one, base, device), self.group.length)
-            for one in recipes
-        ]
+        self.trials = [Trial(one.name, one, data, begin(self.group, one, base), self.group.length) for one in recipes]
 
     def step(self) -> list[float]:
         """One optimizer step of each trial; their losses."""

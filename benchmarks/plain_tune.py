@@ -38,7 +38,7 @@ def train_one(config: dict[str, Any]) -> None:
     device = torch.device("cpu")
     names = matches(skeleton(base), "all-linear")
     group = Group(recipe, base, data, names, lane_length(recipe, data), 1, device, torch.float32)
-    trial = Trial("one", recipe, data, begin(group.layout, recipe, base, device), group.length)
+    trial = Trial("one", recipe, data, begin(group, recipe, base), group.length)
     every = -(-trial.total_steps // config["reports"])
     began, loss = time.perf_counter(), 0.0
     while trial.step < trial.total_steps:

@@ -36,7 +36,7 @@ def group_for(folder: Path, recipes: list[Recipe], lanes: int, **settings: Any) 
 def trial_in(group: Group, folder: Path, recipe: Recipe) -> Trial:
     """A new trial of the group."""
     base = resolve_base(recipe.model.base, None, folder / "runs")
-    adapter = begin(group.layout, recipe, base, CPU)
+    adapter = begin(group, recipe, base)
     return Trial(recipe.name, recipe, group.data, adapter, group.length)
 
 

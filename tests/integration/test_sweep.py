@@ -97,6 +97,11 @@ def test_a_population_exchanges_weights_and_says_so(folder: Path, ray_session: R
         before = next(one["value"] for one in trial["reports"] if one["report"] == exchange["report"])
         given = next(one["value"] for one in donor["reports"] if one["report"] == exchange["report"])
         assert abs(after - given) < abs(after - before), "it goes on from the donor's weights, not from its own"
+    records = folder / "runs" / "population" / "trials"
+    before_again = {path: path.read_bytes() for path in records.glob("*/*.json*")}
+    (folder / "runs" / "population" / "result.json").unlink()
+    sweep.run(loaded(sweep_recipe(folder, "population", space=space, scheduler="pbt", trials=4, grace=2)))
+    assert {path: path.read_bytes() for path in records.glob("*/*.json*")} == before_again, "the same exchanges again"
 
 
 def test_what_cannot_fit_is_never_launched(folder: Path, ray_session: RaySession) -> None:

@@ -146,7 +146,7 @@ def test_ranks_are_all_that_a_trial_may_have():
     choice = {"adaptation.rank": {"choice": [16, 4]}}
     assert ranks_of(*of(sweep_recipe(adaptation=own))) == (32,)
     assert ranks_of(*of(sweep_recipe(choice, own))) == (4, 16)
-    assert ranks_of(*of(sweep_recipe({"adaptation.rank": {"randint": [4, 64]}}, own))) == (4, 64)
+    assert ranks_of(*of(sweep_recipe({"adaptation.rank": {"randint": [4, 64]}}, own))) == (4, 8, 16, 32, 64)
     conditional = {"train.epochs": {"choice": [1, 2]}, "adaptation.rank": {"choice": [4], "when": {"train.epochs": 2}}}
     assert ranks_of(*of(sweep_recipe(conditional, own))) == (4, 32), "elsewhere it is the recipe's"
 

@@ -85,9 +85,10 @@ def test_results_say_what_came_of_every_trial(folder: SweepFolder):
         "finished",
         "stopped",
         "infeasible",
-        "running",
-        "running",
+        "stopped",
+        "stopped",
     ]
+    assert trials[4]["why"] == "the budget was spent"
     assert [trial["value"] for trial in trials.values()] == [2.0, 4.0, None, 5.0, None]
     assert trials[1]["tokens"] == 200
     assert trials[2]["values"] == {"train.learning_rate": 0.03}

@@ -12,7 +12,7 @@ import pytest
 from ray.tune.search import Searcher
 from sweep_recipes import LEARNING_RATE, reported, tune_section
 
-from tunesmith.cluster.errors import UsageError
+from tunesmith.cluster.errors import RecipeError
 from tunesmith.cluster.metrics import read_metrics
 from tunesmith.tuning.records import State, SweepFolder
 from tunesmith.tuning.search import Journaled, Parzen, proposer
@@ -162,7 +162,7 @@ def test_what_was_infeasible_is_not_asked_again(folder: SweepFolder):
 def test_values_that_contradict_each_other_are_infeasible_and_the_sweep_goes_on(folder: SweepFolder):
     def contradiction(values: Values) -> str | None:
         if values["train.epochs"] == 2:
-            raise UsageError("a mistake in it:\n  train: both given")
+            raise RecipeError("a mistake in it:\n  train: both given")
         return None
 
     asked = ask_for_all(begin(folder, contradiction, space=GRID, searcher="grid", trials=None))

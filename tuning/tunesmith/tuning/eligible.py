@@ -117,11 +117,16 @@ def trials_at_once(lanes: int, trials: int, seeds: int) -> int:
 
 
 def ranks_of(recipe: Recipe, tune: Tune) -> tuple[int, ...]:
-    """Every rank that a trial may have; the two ends of a range."""
+    """Every rank that a trial may have; of a range its ends and the powers of two between them."""
     assert isinstance(recipe.adaptation, Lora), "only LoRA has ranks"
     searched = tune.space.get("adaptation.rank")
     ranks = {recipe.adaptation.rank} if searched is None or searched.when else set()
-    return tuple(sorted(ranks | {int(rank) for rank in (searched.values if searched else ())}))
+    if searched is not None and not searched.is_list:
+        low, high = (int(end) for end in searched.values)
+        ranks |= {low, high, *(1 << power for power in range(low.bit_length(), high.bit_length()))}
+    elif searched is not None:
+        ranks |= {int(rank) for rank in searched.values}
+    return tuple(sorted(rank for rank in ranks if rank))
 
 
 def targets_of(recipe: Recipe, tune: Tune) -> tuple[str | list[str], ...]:

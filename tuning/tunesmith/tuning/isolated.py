@@ -21,7 +21,7 @@ from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers.data.prepare import prepare
 from tunesmith.trainers.models import resolve_base
 from tunesmith.trainers.packing import BatchPlan
-from tunesmith.tuning.members import Progress
+from tunesmith.tuning.members import Progress, as_long_as
 from tunesmith.tuning.space import recipe_of
 
 POLL_S = 0.2
@@ -80,11 +80,12 @@ class Runs:
         """Waits for a place and starts the runs, which go on from what they have."""
         self._places = ray.get_actor(self._training.places, self._training.namespace)
         ray.get(self._places.take.remote())
-        self._runs = [
-            _Run(self._training, recipe, run, step, sources[index] if sources else None)
-            for index, (recipe, run) in enumerate(zip(recipes, runs, strict=True))
-        ]
-        for run in self._runs:
+        length: int | None = None
+        for index, (recipe, root) in enumerate(zip(recipes, runs, strict=True)):
+            source = sources[index] if sources else None
+            run = _Run(self._training, as_long_as(length, recipe), root, step, source)
+            length = run.total_steps
+            self._runs.append(run)
             run.start()
 
     def next(self) -> list[Progress]:
@@ -138,7 +139,10 @@ class _Run(threading.Thread):
             alive = self.is_alive()
             lines = read_metrics(self.folder.metrics)
             done = [line for line in lines if self.step < line["step"] <= goal and "loss" in line]
-            if done and done[-1]["step"] == goal and (done[-1].get("eval_loss") is not None or not self._evaluates()):
+            evaluated = done and (done[-1].get("eval_loss") is not None or not self._evaluates())
+            if (
+                evaluated and done[-1]["step"] == goal and self.folder.newest_step() >= goal
+            ):  # saved, so others may take it
                 self.step = goal
                 return Progress(goal, self.total_steps, sum(line["tokens"] for line in done), _figures(done))
             if not alive:
@@ -158,6 +162,7 @@ class _Run(threading.Thread):
         name = f"step-{self.step:08d}"
         self.folder.create()
         part = self.folder.checkpoints / f"{name}.part"
+        shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(source / "checkpoints" / name, part)
         part.rename(self.folder.checkpoints / name)
 
@@ -195,9 +200,10 @@ def as_run(training: Isolated, recipe: Recipe, root: Path) -> AsRun:
 
 
 def _figures(lines: list[dict[str, Any]]) -> dict[str, float]:
+    norms = [line["grad_norm"] for line in lines if line["grad_norm"] is not None]  # none where fp16 overflowed
     figures = {
         "loss": sum(line["loss"] for line in lines) / len(lines),
-        "grad_norm": lines[-1]["grad_norm"],
+        **({"grad_norm": norms[-1]} if norms else {}),
         "tokens_per_second": sum(line["tokens"] for line in lines) / sum(line["step_seconds"] for line in lines),
     }
     if lines[-1].get("eval_loss") is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ray.tune import Trainable
 
-from tunesmith.cluster.errors import TunesmithError, WorkerError
+from tunesmith.cluster.errors import CheckpointError, NonFiniteError, TunesmithError, UsageError, WorkerError
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.tuning.members import Members, Progress, Training
 from tunesmith.tuning.records import Lineage, Report, SweepFolder, TrialFolder
@@ -82,6 +82,7 @@ class LogicalTrial(Trainable):
         Raises:
             TunesmithError: the trial cannot go on; its record says so.
         """
+        self._forget_another_course()
         at = self.place.report
         if at < len(self.reports):
             report = self.reports[at]
@@ -125,6 +126,13 @@ class LogicalTrial(Trainable):
             self.members.close()
             self.members = None
 
+    def _forget_another_course(self) -> None:
+        """Drops reports that were made after an exchange of weights which this time was not made."""
+        ahead = self.record.lineage()[self.place.segment :]
+        if ahead and ahead[0].report <= self.place.report:
+            self.record.forget_after(self.place.report, self.place.segment)
+            self.reports, self.ended = self.record.reports(), self.record.ended()
+
     def _begin(self, config: dict[str, Any]) -> None:
         self.values = {key: value for key, value in config.items() if key != "trial"}
         self.record: TrialFolder = SweepFolder(self.sweep.root).trial(config["trial"])
@@ -135,7 +143,7 @@ class LogicalTrial(Trainable):
         began = time.monotonic()
         try:
             progress = self._progress()
-        except TunesmithError as error:
+        except (NonFiniteError, UsageError, CheckpointError) as error:  # others may be mended: the same command goes on
             self.record.end("failed", error.what)
             raise
         before = self.reports[-1] if self.reports else None
@@ -147,7 +155,11 @@ class LogicalTrial(Trainable):
             seconds=(before.seconds if before else 0.0) + time.monotonic() - began,
             value=statistics.fmean(values),
             std=statistics.stdev(values) if len(values) > 1 else None,
-            figures={name: statistics.fmean(one.figures[name] for one in progress) for name in progress[0].figures},
+            figures={
+                name: statistics.fmean(one.figures[name] for one in progress)
+                for name in progress[0].figures
+                if all(name in one.figures for one in progress)
+            },
             at=time.time() - self.sweep.began,
         )
         self.record.report(report)
@@ -164,7 +176,7 @@ class LogicalTrial(Trainable):
                     self.members = self._open()
                 return self.members.next()
             except WorkerError:
-                self.members = None
+                self.cleanup()
                 if not left:
                     raise
         raise AssertionError("the last try returns or raises")
@@ -180,5 +192,6 @@ class LogicalTrial(Trainable):
             donor = SweepFolder(self.sweep.root).trial(exchange.source)
             sources = [donor.run(exchange.segment, offset) for offset in offsets]
         members = self.sweep.training.members(f"{self.place.trial}-{self.place.segment}")
+        self.members = members  # before it is open: what was begun of it is closed in any case
         members.open(recipes, runs, self.place.step, sources)
         return members

@@ -48,3 +48,14 @@ class Training(Protocol):
     def members(self, key: str) -> Members:
         """Those of the trial of this name."""
         ...
+
+
+def as_long_as(steps: int | None, recipe: Recipe) -> Recipe:
+    """The recipe with so many steps; None leaves it as it is. An epoch of another seed may have one pack more or less, and
+    all seeds of a configuration report together."""
+    if steps is None or recipe.train.max_steps == steps:
+        return recipe
+    tree = recipe.model_dump(mode="json", exclude_unset=True)
+    tree.setdefault("train", {}).pop("epochs", None)
+    tree["train"]["max_steps"] = steps
+    return Recipe.model_validate(tree)

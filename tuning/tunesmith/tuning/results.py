@@ -65,7 +65,7 @@ def write_results(ground: Ground, baseline: float | None, began: float, complete
     from tunesmith.tuning.report import render
 
     tune, folder = ground.tune, ground.folder
-    trials = [_trial(record) for record in folder.trials()]
+    trials = [_trial(record, complete) for record in folder.trials()]
     seconds = time.time() - began
     best = best_trial(folder.trials(), tune.mode)
     results = {
@@ -101,14 +101,14 @@ def write_results(ground: Ground, baseline: float | None, began: float, complete
     return results
 
 
-def _trial(record: TrialFolder) -> dict[str, Any]:
+def _trial(record: TrialFolder, complete: bool) -> dict[str, Any]:
     reports, ended = record.reports(), record.ended()
     last = reports[-1] if reports else None
     return {
         "trial": record.number,
         "values": record.values_after(),
-        "state": ended.state if ended else "running" if reports else "waiting",
-        "why": ended.why if ended else "",
+        "state": ended.state if ended else "stopped" if complete else "running" if reports else "waiting",
+        "why": ended.why if ended else "the budget was spent" if complete else "",
         "value": _finite(last.value) if last else None,
         "std": last.std if last else None,
         "reports": [

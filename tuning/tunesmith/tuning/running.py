@@ -14,6 +14,7 @@ from ray import tune as ray_tune
 from ray.tune import Callback, PlacementGroupFactory, RunConfig, Stopper, TuneConfig, Tuner
 
 from tunesmith.cluster.errors import TunesmithError, WorkerError
+from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers.stopping import StopSignals
 from tunesmith.tuning.board import Board
 from tunesmith.tuning.fused.seats import seated
@@ -21,7 +22,7 @@ from tunesmith.tuning.logical import LogicalTrial, Sweep
 from tunesmith.tuning.records import Report, SweepFolder
 from tunesmith.tuning.scheduling import scheduler
 from tunesmith.tuning.search import Journaled
-from tunesmith.tuning.space import Values
+from tunesmith.tuning.space import Values, trials_of
 from tunesmith.tuning.sweep import Ground
 from tunesmith.tuning.trainers import Trainers
 
@@ -60,6 +61,8 @@ def search(ground: Ground, who: Trainers, began: float, board: Board, signals: S
         run_config=RunConfig(name="tune", storage_path=str(folder.scratch), stop=budget, callbacks=[watch], verbose=0),
     )
     work = _Work(tuner)
+    if tune.scheduler in PAUSING:  # all of them exist before the first report is judged
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(trials_of(tune))
     seats = contextlib.nullcontext() if who.host is None else seated(who.host)
     with _settings(), seats:
         work.start()
@@ -67,6 +70,8 @@ def search(ground: Ground, who: Trainers, began: float, board: Board, signals: S
         while work.is_alive():
             work.join(POLL_S)
     shutil.rmtree(folder.scratch, ignore_errors=True)
+    if watch.lost:
+        raise WorkerError(watch.lost, "When the cause is gone, the same command goes on.")
     if work.failure is not None:
         raise (
             work.failure
@@ -87,11 +92,16 @@ class Budget(_Unwritten, Stopper):
 
     def __init__(self, ground: Ground, began: float, watch: _Watch) -> None:
         self._tune, self._gpus, self._began, self._watch = ground.tune, ground.gpus, began, watch
+        self._folder = ground.folder
         self._stop = False
 
     def stop(self) -> None:
-        """Asks the sweep to end."""
+        """Asks the sweep to end; runs of trials of their own save first."""
         self._stop = self._watch.is_ending = True
+        for trial in self._folder.trials():
+            if trial.ended() is None:
+                for run in trial.root.glob("run-*/checkpoints"):
+                    RunFolder(run.parent).request_stop()
 
     def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         """No trial by itself."""
@@ -99,7 +109,7 @@ class Budget(_Unwritten, Stopper):
 
     def stop_all(self) -> bool:
         """Whether nothing goes on."""
-        if not self._stop and self.spent_out():
+        if not self._stop and (self._watch.lost or self.spent_out()):
             self.stop()
         return self._stop
 
@@ -121,6 +131,8 @@ class _Watch(_Unwritten, Callback):
         self._folder, self._board, self._scheduler = folder, board, scheduler
         self._tokens: dict[int, int] = {}
         self.is_ending = False
+        self.lost = ""
+        """Why nothing can be trained any more."""
 
     def tokens(self) -> int:
         """Trained by all trials."""
@@ -138,11 +150,15 @@ class _Watch(_Unwritten, Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         record = self._folder.trial(trial.config["trial"])
         if record.ended() is None and not self.is_ending:
-            record.end("stopped", f"by {self._scheduler} after report {len(record.reports())}")
+            record.end("stopped", f"by {self._scheduler} after report {trial.last_result['report']['report']}")
         self._say(record.number)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._say(trial.config["trial"])
+        number = trial.config["trial"]
+        if self._folder.trial(number).ended() is None and not self.is_ending:  # not its own fault: nothing is recorded
+            self.lost = f"trial {number} could not be trained: {_first_line(trial.get_error())}"
+            self.is_ending = True
+        self._say(number)
 
     def _say(self, number: int) -> None:
         ended = self._folder.trial(number).ended()
@@ -163,6 +179,10 @@ class _Work(threading.Thread):
             self._tuner.fit()
         except Exception as failure:  # noqa: BLE001 - judged by the thread that waits for this one
             self.failure = failure
+
+
+def _first_line(error: object) -> str:
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
 def _values(trial: Any) -> Values:

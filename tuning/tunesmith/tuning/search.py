@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from ray.tune.search import Searcher
 
-from tunesmith.cluster.errors import UsageError
+from tunesmith.cluster.errors import RecipeError
 from tunesmith.cluster.metrics import MetricsLog, read_metrics
 from tunesmith.cluster.recipe.tune import Dimension, Tune
 from tunesmith.tuning.records import SweepFolder
@@ -195,7 +195,7 @@ class Journaled(Searcher):
     def _why_not(self, values: Values) -> str | None:
         try:
             return self._refuse(values)
-        except UsageError as refused:
+        except RecipeError as refused:  # the values contradict each other
             return " ".join(refused.what.split())
 
     def _next(self, number: int) -> Values | None:

@@ -141,11 +141,13 @@ def run(recipe: Recipe, on_event: Listener = ignore, console: Console | None = N
             from tunesmith.tuning.running import search  # Ray Tune, which takes longer, while the workers load
             from tunesmith.tuning.winner import crown
 
+            ended = False
             try:
                 with Board(console, ground.tune, space.trials_of(ground.tune)) as board:
                     search(ground, who, began, board, signals)
+                ended = signals.received is None
             finally:
-                write_results(ground, who.baseline, began, complete=signals.received is None)
+                write_results(ground, who.baseline if ended else None, began, complete=ended)
             if signals.received is not None:
                 raise signals.error(_count(folder))
             result = crown(ground, who, began, on_event)

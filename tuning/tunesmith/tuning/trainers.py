@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import ray
 
@@ -67,8 +68,8 @@ class Trainers:
 class SharedWorkers(Trainers):
     """Workers that hold the base; they load it while Ray Tune starts."""
 
-    def __init__(self, ground: Ground, workers: Sequence[Any], host: Any, concurrent: int) -> None:
-        names = tuple(_worker_name(ground, index) for index in range(len(workers)))
+    def __init__(self, ground: Ground, name: str, workers: Sequence[Any], host: Any, concurrent: int) -> None:
+        names = tuple(f"{name}-{index}" for index in range(len(workers)))
         super().__init__(Fused(names, NAMESPACE, ground.tune.reports), concurrent, self._too_large)
         self.workers, self.host, self._recipe = workers, host, ground.recipe
         self._starting = [worker.start.remote() for worker in workers]
@@ -95,17 +96,18 @@ class SharedWorkers(Trainers):
 def trainers(ground: Ground) -> Iterator[Trainers]:
     """Those who will train: shared workers that hold the base, or a place for each trial's own."""
     if ground.why_isolated is not None:
-        count, name = _places(ground), f"{ground.recipe.name}-places"
+        count, name = _places(ground), f"{ground.recipe.name}-{uuid4().hex[:8]}"
         with places(count, name, NAMESPACE):
             yield _isolated(ground, count, name)
         return
-    workers, lanes = _shared_workers(ground)
+    name = f"{ground.recipe.name}-{uuid4().hex[:8]}"  # of this start: an earlier one's may not be gone yet
+    workers, lanes = _shared_workers(ground, name)
     host = ray.remote(Host).options(num_cpus=0, max_concurrency=MOST_SEATS).remote()
     try:
         at_once = trials_at_once(lanes * len(workers), trials_of(ground.tune), ground.tune.seeds)
-        yield SharedWorkers(ground, workers, host, at_once)
+        yield SharedWorkers(ground, name, workers, host, at_once)
     finally:
-        for actor in (*workers, host):
+        for actor in (host, *workers):  # those who ask first
             ray.kill(actor)  # pyright: ignore[reportArgumentType]
 
 
@@ -129,7 +131,7 @@ def _places(ground: Ground) -> int:
     return max(1, min(runs // ground.tune.seeds, ground.tune.concurrent or runs))
 
 
-def _shared_workers(ground: Ground) -> tuple[list[Any], int]:
+def _shared_workers(ground: Ground, name: str) -> tuple[list[Any], int]:
     """The shared workers' actors, and the lanes that each is to have."""
     recipe, tune, need = ground.recipe, ground.tune, ground.need
     length = lane_length(recipe, ground.prepared)
@@ -158,9 +160,5 @@ def _shared_workers(ground: Ground) -> tuple[list[Any], int]:
         "runtime_env": {"env_vars": ENVIRONMENT | ({} if need.gpus else {"CUDA_VISIBLE_DEVICES": ""})},
     }
     shell = ray.remote(Shell)
-    made = [shell.options(name=_worker_name(ground, index), **options).remote(settings) for index in range(count)]
+    made = [shell.options(name=f"{name}-{index}", **options).remote(settings) for index in range(count)]
     return made, settings["lanes"]
-
-
-def _worker_name(ground: Ground, index: int) -> str:
-    return f"{ground.recipe.name}-{index}"

@@ -85,12 +85,12 @@ def _retrain(ground: Ground, values: dict[str, Any], on_event: Listener) -> tupl
         recipe = recipe_of(ground.recipe, values, seed=seed)
         named = recipe.model_copy(update={"name": f"{NAME}-{seed}"})
         runs.append(launch.run(recipe_of(named, {"output.dir": str(ground.folder.root)}), on_event=on_event))
-    losses = [
-        run.metrics["eval_loss"] if run.metrics["eval_loss"] is not None else run.metrics["train_loss"] for run in runs
-    ]
+    name = {"loss": "train_loss", "tokens_per_second": "tokens_per_second"}.get(ground.tune.metric, "eval_loss")
+    losses = [run.metrics[name] if run.metrics[name] is not None else run.metrics["train_loss"] for run in runs]
     mean = sum(losses) / len(losses)  # type: ignore[arg-type]
     spread = (sum((loss - mean) ** 2 for loss in losses) / (len(losses) - 1)) ** 0.5 if len(losses) > 1 else None  # type: ignore[operator]
-    best = min(zip(losses, runs, strict=True), key=lambda pair: pair[0])[1]  # type: ignore[arg-type,return-value]
+    sign = 1 if ground.tune.mode == "min" else -1
+    best = min(zip(losses, runs, strict=True), key=lambda pair: sign * pair[0])[1]  # type: ignore[arg-type,return-value]
     return Path(best.artifact), {"seeds": seeds, "values": losses, "mean": mean, "std": spread}
 
 

@@ -105,7 +105,8 @@ class Tune(Section):
     seed: NonNegativeInt = 0
     """Seeds the searcher and the scheduler."""
     reports: PositiveInt = 8
-    """Times that a trial is evaluated, after equal shares of its steps: what schedulers count in."""
+    """Most times that a trial is evaluated, each after as many steps and at its end: what schedulers count in. Where its steps
+    do not divide, there are fewer."""
     grace: PositiveInt = 1
     """Reports before `asha` or `median` may stop a trial, and between the exchanges of `pbt`."""
     reduction: Annotated[int, Field(ge=2)] = 3

@@ -11,13 +11,13 @@ from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.recipe.schema import Lora, Recipe
 from tunesmith.trainers import models
 from tunesmith.trainers.adaptations import lora
-from tunesmith.tuning.fused.lanes import Layout
+from tunesmith.tuning.fused.group import Group
 from tunesmith.tuning.fused.trial import Adapter
 
 A, B = "lora_A.default.weight", "lora_B.default.weight"
 
 
-def as_peft(recipe: Recipe, base: BaseRef, dtype: torch.dtype = torch.float32) -> nn.Module:
+def as_peft(recipe: Recipe, base: BaseRef, dtype: torch.dtype) -> nn.Module:
     """The trial's model as PEFT builds it, around a base without weights; the adapter has its first ones."""
     spec = recipe.adaptation
     assert isinstance(spec, Lora), f"{spec.kind} is not trained side by side"
@@ -26,16 +26,14 @@ def as_peft(recipe: Recipe, base: BaseRef, dtype: torch.dtype = torch.float32) -
     return lora.adapt(model, spec, base=base.loadable, revision=base.revision, seed=seed, dtype=dtype)
 
 
-def begin(
-    layout: Layout, recipe: Recipe, base: BaseRef, device: torch.device, known: dict[str, Tensor] | None = None
-) -> Adapter:
-    """A new adapter for this trial.
+def begin(group: Group, recipe: Recipe, base: BaseRef, known: dict[str, Tensor] | None = None) -> Adapter:
+    """A new adapter for this trial; its first weights are rounded to the group's format, as those of a run alone are.
 
     Args:
         known: first weights that were made before, by what they depend on; a second trial of the same rank, layers and
             seed takes them from there.
     """
-    adapter = Adapter(layout, recipe, device)
+    adapter = Adapter(group.layout, recipe, group.device)
     spec = recipe.adaptation
     assert isinstance(spec, Lora), f"{spec.kind} is not trained side by side"
     decisive = repr((spec.rank, spec.target_modules, recipe.train.seed))
@@ -43,8 +41,8 @@ def begin(
         with torch.no_grad():
             adapter.weights.copy_(known[decisive])
         return adapter
-    weights = dict(as_peft(recipe, base).named_parameters())
-    for name in layout.spans:
+    weights = dict(as_peft(recipe, base, group.dtype).named_parameters())
+    for name in group.layout.spans:
         first, second = (f"base_model.model.{name}.{matrix}" for matrix in (A, B))
         if first in weights:  # else the trial does not adapt this layer, and zeros get no gradient
             a_RD, b_OR = adapter.matrices(name)

@@ -95,6 +95,8 @@ class Group:
         self.model: Any = models.load_frozen(recipe, base, device, dtype)
         attention.install(self.model, attention.choose(recipe.model.attention, device, dtype))
         head.install(self.model.get_output_embeddings(), head.LogitTransform.of(self.model.config))
+        if recipe.train.gradient_checkpointing:
+            self.model.train()  # else Transformers keeps the activations all the same; nothing in these bases drops any
         self.lanes = Lanes(length)
         self.layout = install(self.model, targets, self.lanes)
         self.objective = OBJECTIVES[recipe.objective.kind]
@@ -222,7 +224,7 @@ class Group:
                     rank,
                     weights.to(self.dtype),
                     gradients_NP,
-                    torch.tensor([a.scale for a in stack], dtype=self.dtype, device=self.device)[:, None, None],
+                    torch.tensor([a.scale for a in stack], device=self.device)[:, None, None],
                     mine if any(one.share for one in mine) else None,
                 )
             )

@@ -35,12 +35,15 @@ class Host:
 
     def call(self, seat: int, method: str, *arguments: Any, **named: Any) -> Any:
         """Calls a method of a trial; one at a time for each."""
+        if method == "stop":  # what it waits for in another call ends at once
+            self._trials[seat].cleanup()
         with self._locks[seat]:
             return getattr(self._trials[seat], method)(*arguments, **named)
 
     def leave(self, seat: int) -> None:
         """Forgets a trial."""
         self._trials.pop(seat, None)
+        self._locks.pop(seat, None)
 
 
 @contextmanager
@@ -49,11 +52,13 @@ def seated(host: Any) -> Iterator[None]:
     from ray.tune.execution.class_cache import _ActorClassCache
 
     before = _ActorClassCache.get
+    kill = ray.kill
     _ActorClassCache.get = lambda cache, trainable: _SeatClass(host, trainable)  # type: ignore[method-assign]
+    ray.kill = lambda actor, **named: actor.leave() if isinstance(actor, _Seat) else kill(actor, **named)  # pyright: ignore[reportPrivateImportUsage]
     try:
         yield
     finally:
-        _ActorClassCache.get = before  # type: ignore[method-assign]
+        _ActorClassCache.get, ray.kill = before, kill  # type: ignore[method-assign]
 
 
 class _SeatClass(ActorClass):
@@ -80,11 +85,15 @@ class _Seat:
     def __init__(self, host: Any, number: int, made: Any) -> None:
         self._host, self._number, self._made = host, number, made
 
+    def leave(self) -> Any:
+        """Gives the seat up."""
+        return self._host.leave.remote(self._number)
+
     def __getattr__(self, method: str) -> Any:
         if method == "__ray_ready__":
             return _Call(lambda: self._made)
         if method == "__ray_terminate__":
-            return _Call(lambda: self._host.leave.remote(self._number))
+            return _Call(self.leave)
         return _Call(lambda *arguments, **named: self._host.call.remote(self._number, method, *arguments, **named))
 
 

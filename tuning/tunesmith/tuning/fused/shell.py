@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,12 @@ class Ready:
     too_large: str = ""
 
 
+def _die() -> None:
+    """Ends the process, which Ray then starts anew: the state of every trial's last report is on disk."""
+    time.sleep(1)  # for callers to hear why
+    os._exit(1)
+
+
 class Shell:
     """A worker that loads itself when it is first asked for something, and again after a restart.
 
@@ -45,15 +53,15 @@ class Shell:
             if self._ready is None:
                 from tunesmith.tuning.fused.worker import Settings, Worker
 
-                self._worker = Worker(Settings(**self._settings))
+                self._worker = Worker(Settings(**self._settings), _die)
                 self._ready = self._worker.start()
             return self._ready
 
-    def open(self, *arguments: Any) -> None:
+    def open(self, *arguments: Any) -> int:
         """See `Worker.open`."""
         self.start()
         assert self._worker is not None
-        self._worker.open(*arguments)
+        return self._worker.open(*arguments)
 
     def next(self, key: str) -> dict[str, Any]:
         """See `Worker.next`."""

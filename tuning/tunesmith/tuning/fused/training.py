@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from tunesmith.cluster.errors import TunesmithError, WorkerError
 from tunesmith.cluster.recipe.schema import Recipe
-from tunesmith.tuning.members import Progress
+from tunesmith.tuning.members import Progress, as_long_as
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,18 @@ class FusedMembers:
 
     def open(self, recipes: list[Recipe], runs: list[Path], step: int, sources: list[Path] | None) -> None:
         """Brings each seed to the worker."""
-        workers = [ray.get_actor(name, self._training.namespace) for name in self._training.workers]
+        workers = list(_alive(self._training))
+        if not workers:
+            raise WorkerError("every shared worker is lost for good", "Look at log.txt in the sweep's folder.")
         loads = answers([worker.load.remote() for worker in workers]) if len(workers) > 1 else [0]
         self._worker = workers[loads.index(min(loads))]
         self._keys = [f"{self._key}-{index}" for index in range(len(runs))]
-        calls = [
-            self._worker.open.remote(
-                key,
-                recipe.model_dump(mode="json", exclude_unset=True),
-                str(run),
-                self._training.reports,
-                step,
-                None if sources is None else str(sources[index]),
-            )
-            for index, (key, recipe, run) in enumerate(zip(self._keys, recipes, runs, strict=True))
-        ]
-        answers(calls)
+        length: int | None = None
+        for index, (key, recipe, run) in enumerate(zip(self._keys, recipes, runs, strict=True)):
+            written = as_long_as(length, recipe).model_dump(mode="json", exclude_unset=True)
+            source = None if sources is None else str(sources[index])
+            call = self._worker.open.remote(key, written, str(run), self._training.reports, step, source)
+            (length,) = answers([call])
 
     def next(self) -> list[Progress]:
         """The next report of each seed."""
@@ -71,6 +67,14 @@ class FusedMembers:
             answers([self._worker.close.remote(key) for key in self._keys])
         except WorkerError:
             return
+
+
+def _alive(training: Fused) -> Iterator[Any]:
+    for name in training.workers:
+        try:
+            yield ray.get_actor(name, training.namespace)
+        except ValueError:  # it died more often than Ray may start it again
+            continue
 
 
 def answers(calls: Sequence[Any]) -> list[Any]:

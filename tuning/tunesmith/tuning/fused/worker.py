@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.cluster.base import BaseRef
-from tunesmith.cluster.errors import ModelError, NonFiniteError, ResourceError, TunesmithError
+from tunesmith.cluster.errors import ModelError, NonFiniteError, ResourceError, StoppedError, TunesmithError
 from tunesmith.cluster.metrics import MetricsLog
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.resources import Need, Node
@@ -28,6 +28,7 @@ from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers import models, zero
 from tunesmith.trainers.adaptations import lora
 from tunesmith.trainers.data.prepare import open_prepared
+from tunesmith.trainers.memory.choose import changed
 from tunesmith.trainers.worker import log_to
 from tunesmith.tuning.feasible import side_by_side, why_not
 from tunesmith.tuning.fused import states
@@ -110,9 +111,14 @@ class Member:
 
 
 class Worker:
-    """One base on one device. Use it as a Ray actor with as many threads as it may have callers, or in place."""
+    """One base on one device. Use it as a Ray actor with as many threads as it may have callers, or in place.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        when_lost: called when it can compute no more: out of memory, a full disk, or a mistake of ours.
+    """
+
+    def __init__(self, settings: Settings, when_lost: Callable[[], None] = lambda: None) -> None:
+        self.when_lost = when_lost
         if settings.log is not None:
             log_to(settings.log)
         if settings.threads:
@@ -143,6 +149,12 @@ class Worker:
     def _load(self) -> Ready:
         settings = self.settings
         recipe = Recipe.model_validate(settings.recipe)
+        if recipe.train.gradient_checkpointing == "auto":
+            recipe = changed(recipe, {"train.gradient_checkpointing": False})
+            try:
+                lanes, largest, too_large = self._room(recipe)
+            except ResourceError:
+                recipe = changed(recipe, {"train.gradient_checkpointing": True})
         lanes, largest, too_large = self._room(recipe)
         targets = _targets(models.skeleton(self.base), settings.targets)
         dtype = DTYPES[zero.precision(recipe, self.device.type == "cuda")]
@@ -169,8 +181,8 @@ class Worker:
 
     def open(
         self, key: str, recipe: dict[str, Any], run: str, reports: int, step: int = 0, source: str | None = None
-    ) -> None:
-        """Brings a trial here.
+    ) -> int:
+        """Brings a trial here; returns the optimizer steps of the whole of it.
 
         Args:
             key: names it to the other methods; one that is here already is replaced.
@@ -182,7 +194,7 @@ class Worker:
         """
         trial_recipe = Recipe.model_validate(recipe)
         known = self.first_weights
-        adapter = self._do(lambda: begin(self.group.layout, trial_recipe, self.base, self.device, known))
+        adapter = self._do(lambda: begin(self.group, trial_recipe, self.base, known))
         trial = Trial(key, trial_recipe, self.data, adapter, self.group.length)
         folder = Path(run)
         folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +204,9 @@ class Worker:
             states.load(trial, own if own.is_dir() or source is None else states.at(Path(source) / STATES, step))
         member.lines.truncate_after(step or -1)
         with self.changed:
+            self._dismiss(key)
             self.members[key] = member
+        return trial.total_steps
 
     def next(self, key: str) -> dict[str, Any]:
         """Trains a trial to its next report and returns that: step, total_steps, tokens and figures.
@@ -231,7 +245,7 @@ class Worker:
         return self._do(lambda: self._export(Recipe.model_validate(recipe), Path(run), step, RunFolder(Path(folder))))
 
     def _export(self, trial_recipe: Recipe, source: Path, step: int, folder: RunFolder) -> str:
-        adapter = begin(self.group.layout, trial_recipe, self.base, self.device)
+        adapter = begin(self.group, trial_recipe, self.base)
         trial = Trial("winner", trial_recipe, self.data, adapter, self.group.length)
         states.load(trial, states.at(source / STATES, step))
         return str(export(self.group, adapter, trial_recipe, self.base, folder, source / "metrics.jsonl"))
@@ -239,12 +253,18 @@ class Worker:
     def close(self, key: str) -> None:
         """Takes a trial away; its lane is free for the next."""
         with self.changed:
-            self.members.pop(key, None)
+            self._dismiss(key)
             self.changed.notify_all()
 
     def load(self) -> int:
         """Trials that are here."""
         return len(self.members)
+
+    def _dismiss(self, key: str) -> None:
+        """Lets go of a trial, and of whoever waits for its report."""
+        member = self.members.pop(key, None)
+        if member is not None and member.goal is not None:
+            member.goal, member.failure = None, StoppedError(f"trial {key} was taken away")
 
     def _do(self, job: Callable[[], Any]) -> Any:
         """Has the working thread do something between two rows. It alone computes: torch makes threads for each thread
@@ -269,21 +289,27 @@ class Worker:
                         continue
                     # those that have just reported are about to be sent on: a row that they fill costs no more than one
                     # without them
-                    self.changed.wait_for(lambda: len(self._at_work()) == len(self.members), self.patience_s)
+                    self.changed.wait_for(lambda: self.jobs or self._row_is_full(), self.patience_s)
                     work = self._at_work()
-                began = time.monotonic()
                 self._tick(sorted(work, key=_share_done)[: self.group.count])
-                self.patience_s = time.monotonic() - began
         except BaseException as failure:  # noqa: BLE001 - handed to every caller
             with self.changed:
                 self.failure = failure
+                for _, done in self.jobs:
+                    done.set_exception(failure)
                 self.changed.notify_all()
+            self.when_lost()
+
+    def _row_is_full(self) -> bool:
+        return len(self._at_work()) >= min(len(self.members), self.group.count)
 
     def _at_work(self) -> list[Member]:
         return [member for member in self.members.values() if member.goal is not None]
 
     def _tick(self, work: list[Member]) -> None:
+        began = time.monotonic()
         broken = {trial.key for trial in self.group.tick([member.trial for member in work])}
+        self.patience_s = time.monotonic() - began
         for member in work:
             trial = member.trial
             if trial.key in broken:
