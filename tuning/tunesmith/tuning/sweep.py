@@ -93,18 +93,17 @@ def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore, star
     need = needs(plain.cluster, nodes)
     require_resources(need, nodes)
     zero.precision(plain, on_gpu=need.gpus > 0)
-    if start_ray:
-        session.start()
     for source in [*plain.data.train, *(plain.data.validation or [])]:
         look_at(source)
+    if tune.metric == "eval_loss" and plain.data.validation is None and not plain.data.split.validation:
+        raise _nothing_held_out(recipe)
+    if start_ray:
+        session.start()
     effective_max_length(plain, base)
     cache = folder.root.parent / ".cache" / "data"
     prepared = prepare(plain, base, cache)
     if tune.metric == "eval_loss" and len(prepared.validation) == 0:
-        raise UsageError(
-            f"{recipe.where('tune.metric')}tune.metric: eval_loss is measured on held-out rows, and none are held out",
-            "Set data.split.validation above 0, name data.validation, or use tune.metric: loss.",
-        )
+        raise _nothing_held_out(recipe)
     on_event(Note("\n".join(prepared.report.lines())))
     if tune.execution == "isolated":
         reason = "the recipe says so"
@@ -153,6 +152,13 @@ def run(recipe: Recipe, on_event: Listener = ignore, console: Console | None = N
             result = crown(ground, who, began, on_event)
         write_atomic(folder.result, json.dumps({"asked": _asked(ground.tune), "result": asdict(result)}, indent=1))
         return result
+
+
+def _nothing_held_out(recipe: Recipe) -> UsageError:
+    return UsageError(
+        f"{recipe.where('tune.metric')}tune.metric: eval_loss is measured on held-out rows, and none are held out",
+        "Set data.split.validation above 0, name data.validation, or use tune.metric: loss.",
+    )
 
 
 def _say_how(ground: Ground, on_event: Listener) -> None:
