@@ -6,12 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tiny_models
+import trainings
+
 from tunesmith.cluster.recipe.schema import Recipe
 
 SPACE: dict[str, Any] = {
     "train.learning_rate": {"loguniform": [1e-5, 3e-2]},
     "adaptation.rank": {"choice": [4, 8]},
 }
+
+
+def with_base_and_rows(folder: Path) -> Path:
+    """The folder, once `sweep_recipe` finds in it what it names."""
+    tiny_models.make("llama", folder / "llama")
+    trainings.write_rows(folder / "rows.jsonl")
+    return folder
 
 
 def sweep_recipe(folder: Path, name: str, train: dict[str, Any] | None = None, **tune: Any) -> dict[str, Any]:

@@ -14,9 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from sweeps import outcome, results, sweep_recipe
-from tiny_models import make
-from trainings import write_rows
+from sweeps import outcome, results, sweep_recipe, with_base_and_rows
 
 from tunesmith.tuning.records import SweepFolder
 
@@ -25,10 +23,7 @@ PATIENCE_S = 240
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("sweep-faults")
-    make("llama", made / "llama")
-    write_rows(made / "rows.jsonl")
-    return made
+    return with_base_and_rows(tmp_path_factory.mktemp("sweep-faults"))
 
 
 @pytest.fixture(scope="module")

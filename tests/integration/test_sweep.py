@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from sweeps import SPACE, loaded, outcome, results, sweep_recipe
-from tiny_models import make
-from trainings import write_rows
+from sweeps import SPACE, loaded, outcome, results, sweep_recipe, with_base_and_rows
 
 from tunesmith.cluster.artifacts import verify
 from tunesmith.cluster.recipe.load import load_recipe
@@ -22,10 +20,7 @@ from tunesmith.tuning.records import SweepFolder
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("sweeps")
-    make("llama", made / "llama")
-    write_rows(made / "rows.jsonl")
-    return made
+    return with_base_and_rows(tmp_path_factory.mktemp("sweeps"))
 
 
 @pytest.fixture(scope="module")

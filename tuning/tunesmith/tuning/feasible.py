@@ -10,23 +10,15 @@ from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import FleetError, ModelError, PlanError, ResourceError
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.resources import Need, Node
+from tunesmith.tuning.eligible import PER_TRIAL
 
-HARMLESS = (
-    "adaptation.lora_alpha",
-    "train.learning_rate",
-    "train.epochs",
-    "train.max_steps",
-    "train.weight_decay",
-    "train.adam_beta1",
-    "train.adam_beta2",
-    "train.adam_epsilon",
-    "train.max_grad_norm",
-    "train.lr_scheduler_type",
-    "train.warmup_ratio",
-    "train.warmup_steps",
-    "train.gradient_accumulation_steps",
-    "train.seed",
+WEIGHTY = (
+    "adaptation.rank",
+    "adaptation.lora_dropout",
+    "adaptation.target_modules",
+    "train.per_device_train_batch_size",
 )
+HARMLESS = tuple(key for key in PER_TRIAL if key not in WEIGHTY)
 """Searched keys that change no byte of what a trial holds."""
 
 
