@@ -22,7 +22,7 @@ COMMAND_GROUPS = ("tunesmith.serving", "tunesmith.serving.commands")  # names an
 HOMES = {
     "deepspeed": {"engine", "checkpoint_files", "export"},
     "ray": {
-        *("fit", "lean", "rendezvous", "service"),
+        *("deployment", "fit", "lean", "rendezvous", "service"),
         *("fused.seats", "fused.training", "isolated", "logical", "running", "scheduling", "search", "trainers"),
     },
     "vllm": {"engines.vllm", "engines.vllm_lora"},

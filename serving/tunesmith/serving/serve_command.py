@@ -54,16 +54,16 @@ def started(config: Serve, session: RaySession | None = None) -> Iterator[str]:
         nodes = ray_session.nodes()
         if ray_session.local:  # a cluster may be about to grow
             check_room(config, nodes)
-        from tunesmith.serving import service
+        from tunesmith.serving import deployment
 
         output = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
-        bases = service.find_bases(config, output)  # what fails here has touched nothing that runs
+        bases = deployment.find_bases(config, output)  # what fails here has touched nothing that runs
         try:
-            service.deploy(config, bases)
+            deployment.deploy(config, bases)
             host = f"[{config.http.host}]" if ":" in config.http.host else config.http.host
             yield f"http://{host}:{config.http.port}/v1"
         finally:
-            service.take_down(ray_session.local)
+            deployment.take_down(ray_session.local)
 
 
 def names(config: Serve) -> list[str]:

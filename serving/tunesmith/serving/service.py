@@ -1,4 +1,4 @@
-"""The service on Ray: one desk, an engine deployment for each base, and the gateways before them."""
+"""The parts of the service on Ray: one desk, an engine deployment for each base, and the gateways before them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
-from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import AdapterError, RequestError, StorageError
-from tunesmith.serving.bases import RUNS, base_of, writes_text
+from tunesmith.serving.bases import writes_text
 from tunesmith.serving.config import Base, Serve
 from tunesmith.serving.copies import Copies
 from tunesmith.serving.desk import Desk, Entry, Route, capacity
@@ -303,69 +302,6 @@ def as_request_error(error: BaseException) -> RequestError:
     return RequestError(f"the engine failed: {type(cause).__name__}", 500, code="engine_error")
 
 
-def find_bases(config: Serve, output: Path) -> dict[str, BaseRef]:
-    """Every base's folder and digest.
-
-    Args:
-        output: where hashes are kept.
-
-    Raises:
-        ModelError: one cannot be found.
-    """
-    return {
-        name: base_of(f"bases.{name}.path", base.path, RUNS if base.path.startswith("run:") else output)
-        for name, base in config.bases.items()
-    }
-
-
-def deploy(config: Serve, bases: dict[str, BaseRef]) -> None:
-    """Starts the service on the Ray that this process is connected to, and waits until it answers.
-
-    Raises:
-        RuntimeError: an engine does not start; the text is its own.
-    """
-    registry = config.registry if "://" in config.registry else str(Path(config.registry).absolute())
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    plain = config.model_dump(mode="json") | {"registry": registry}
-    digests = {name: ref.digest for name, ref in bases.items()}
-    _end_desk()  # one of an earlier service, which may have been killed, would rule by its own configuration
-    ray.remote(DeskActor).options(
-        name=DESK, namespace=NAMESPACE, lifetime="detached", max_restarts=-1, max_concurrency=10_000, num_cpus=0
-    ).remote(plain, digests)  # type: ignore[attr-defined]
-    engines = {}
-    for name, base in config.bases.items():
-        scale: dict[str, Any] = {"num_replicas": base.replicas}
-        if base.autoscaling is not None:
-            scale = {"autoscaling_config": base.autoscaling.model_dump()}
-        deployment = serve.deployment(EngineReplica).options(  # type: ignore[attr-defined]
-            name=f"engine-{name}",
-            ray_actor_options={"num_cpus": base.cpus, "num_gpus": base.gpus},
-            max_ongoing_requests=base.max_batch + base.queue_length,  # the desk bounds what waits beyond it
-            health_check_period_s=2,
-            health_check_timeout_s=300,
-            graceful_shutdown_timeout_s=60,
-            **scale,
-        )
-        engines[name] = deployment.bind(name, bases[name], base.model_dump(), registry)
-    gateway = serve.deployment(GatewayReplica).options(  # type: ignore[attr-defined]
-        name="gateway",
-        num_replicas=config.http.gateways,
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=most_open(config),
-        max_queued_requests=SPARE,
-        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=2),
-        graceful_shutdown_timeout_s=60,
-    )
-    serve.start(http_options={"host": config.http.host, "port": config.http.port})
-    serve.run(gateway.bind(plain, engines), name=APPLICATION, route_prefix="/")
-
-
-def most_open(config: Serve) -> int:
-    """Requests that a gateway may have open: more than those that the desk lets in would only grow old in it."""
-    slots, queue = capacity(config)
-    return sum(slots.values()) + sum(queue.values()) + SPARE
-
-
 @serve.ingress()
 class GatewayReplica:
     """One gateway, in a process of its own."""
@@ -376,23 +312,3 @@ class GatewayReplica:
     def __serve_build_asgi_app__(self) -> Any:
         name = uuid.uuid4().hex
         return Gateway(self._config, RayBackend(self._engines, name), name).app()
-
-
-def take_down(is_alone: bool) -> None:
-    """Ends the service: requests at work may finish, then its application and the desk go.
-
-    Args:
-        is_alone: whether nobody else uses this Ray, so that Serve itself goes too.
-    """
-    if is_alone:
-        serve.shutdown()
-    elif APPLICATION in serve.status().applications:
-        serve.delete(APPLICATION)
-    _end_desk()
-
-
-def _end_desk() -> None:
-    try:
-        ray.kill(ray.get_actor(DESK, NAMESPACE))
-    except ValueError:  # there is none
-        return
