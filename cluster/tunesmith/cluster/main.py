@@ -6,10 +6,11 @@ import gc
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from tunesmith.cluster.kube import commands as kube
 from tunesmith.serving import commands
 
 app = typer.Typer(
@@ -239,6 +240,22 @@ def quickstart(
         print_json(summary)
 
 
+def _k8s_documents(wanted: kube.Wanted) -> list[dict[str, Any]]:
+    """What `tunesmith k8s render` writes: a recipe is sized by the planner, a serving configuration by its bases' weights."""
+    from tunesmith.trainers.memory.weights import weights_gib
+
+    if wanted.serves:
+        from tunesmith.serving.kube import documents as service
+
+        return service(wanted, weights_gib)
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # as in `plan`
+    from tunesmith.trainers.kube import documents as job
+
+    return job(wanted)
+
+
+kube.add_render(_k8s_documents)
+app.add_typer(kube.k8s, name="k8s")
 app.command()(commands.serve)
 app.command()(commands.chat)
 app.command()(commands.certify)

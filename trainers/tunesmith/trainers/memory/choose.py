@@ -215,12 +215,17 @@ def _larger_fleet(planner: Planner, choice: Choice, asked: float) -> Alternative
 
 def _alternative(changes: dict[str, Any], prediction: Prediction, asked: float) -> Alternative:
     seconds = _gpu_seconds(prediction)
-    engine = prediction.engine
-    host = 0.0
-    if engine is not None and engine.offload == "cpu":
-        sharded_weights = prediction.parameters * engine.item if engine.stage == 3 else 0
-        host = (16 * prediction.trainable + sharded_weights) / prediction.workers / 2**30
+    host = offloaded_bytes(prediction) / 2**30
     return Alternative(changes, prediction, prediction.workers, seconds, seconds / asked, host)
+
+
+def offloaded_bytes(prediction: Prediction) -> float:
+    """Host memory that each worker needs for what is offloaded to it."""
+    engine = prediction.engine
+    if engine is None or engine.offload != "cpu":
+        return 0.0
+    sharded_weights = prediction.parameters * engine.item if engine.stage == 3 else 0
+    return (16 * prediction.trainable + sharded_weights) / prediction.workers
 
 
 def _gpu_seconds(prediction: Prediction) -> float:

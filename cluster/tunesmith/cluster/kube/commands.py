@@ -1,0 +1,216 @@
+"""`tunesmith k8s`: names and options, as light as the command line itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from typer import Option
+
+if TYPE_CHECKING:
+    from tunesmith.cluster.kube.pods import Placement
+
+Number = TypeVar("Number", int, float)
+SHARED_CLAIM = "tunesmith-shared"
+AsJson = Annotated[bool, Option("--json", help="Print one line of JSON on standard output.")]
+
+k8s = typer.Typer(
+    help="Kubernetes: documents from a recipe, and what is wrong with any.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@k8s.command("validate")
+def validate(
+    manifests: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE|FOLDER...", help="Manifests, or folders with a kustomization.", show_default=False
+        ),
+    ],
+    schemas: Annotated[
+        Path | None, Option("--schemas", metavar="FOLDER", help="Schemas of further custom resources.")
+    ] = None,
+    gates: Annotated[
+        list[str] | None,
+        Option("--feature-gate", metavar="NAME", help="That KubeRay's operator has on. Repeatable."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check manifests: schemas, what KubeRay and Kueue refuse besides, and security. Needs no cluster."""
+    from tunesmith.cluster.console import print_json, say, stderr
+    from tunesmith.cluster.kube import check
+    from tunesmith.cluster.kube.schemas import load_folder
+
+    documents = check.read(manifests)
+    found = check.check_documents(documents, load_folder(schemas) if schemas else None, frozenset(gates or ()))
+    if as_json:
+        findings = [finding.as_json() for finding in found]
+        print_json({"valid": not found, "documents": len(documents), "findings": findings})
+    check.refuse(found, len(documents))
+    if not as_json:
+        say(stderr(), "1 document is valid" if len(documents) == 1 else f"{len(documents)} documents are valid")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What `render` is asked for.
+
+    Attributes:
+        path: of a recipe, or of a serving configuration.
+        serves: which of the two.
+        fleet, fleets: as `tunesmith plan` takes them; no fleet is workers on CPUs, one a pod.
+        deadline_s: None reckons it.
+        storage_gb_s: 10^9 bytes a second that one node writes to the claim.
+        name: of a service; None takes the file's.
+        weights: GiB of bases that are not here, by their names.
+    """
+
+    path: Path
+    serves: bool
+    placement: Placement
+    overrides: list[str] = field(default_factory=list)
+    fleet: str | None = None
+    fleets: Path | None = None
+    retries: int = 3
+    deadline_s: int | None = None
+    start_s: int = 3600
+    storage_gb_s: float = 1.0
+    name: str | None = None
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+def add_render(make: Callable[[Wanted], list[dict[str, Any]]]) -> None:
+    """Adds `render`, whose documents come from `make`: it knows the planner and the service, and we do not."""
+
+    @k8s.command("render")
+    def render(
+        what: Annotated[Path, typer.Argument(metavar="RECIPE|CONFIG", help="Or a serving file.", show_default=False)],
+        fleet: Annotated[str | None, Option("--fleet", help="Such as 2x8xH100-80GB. [default: CPUs]")] = None,
+        fleets: Annotated[Path | None, Option("--fleets", metavar="FILE", help="GPUs and fleets of your own.")] = None,
+        image: Annotated[str | None, Option("--image", help="[default: tunesmith:VERSION-cpu or -gpu]")] = None,
+        namespace: Annotated[str | None, Option("--namespace", help="[default: kubectl's]")] = None,
+        claim: Annotated[str, Option("--claim", help="A volume claim that many nodes may write.")] = SHARED_CLAIM,
+        queue: Annotated[str | None, Option("--queue", help="Kueue's LocalQueue.")] = None,
+        priority: Annotated[str | None, Option("--priority", help="A priority class; Kueue's with --queue.")] = None,
+        secret: Annotated[str | None, Option("--secret", help="A Secret that becomes the environment.")] = None,
+        network: Annotated[
+            list[str] | None, Option("--network-resource", metavar="NAME=N", help="RDMA devices of a pod. Repeatable.")
+        ] = None,
+        topology: Annotated[str | None, Option("--topology", help="Node label that pods are to share.")] = None,
+        retries: Annotated[int, Option("--retries", min=0, help="Attempts after the first.")] = Wanted.retries,
+        deadline: Annotated[int | None, Option("--deadline", min=1, metavar="S", help="[default: reckoned]")] = None,
+        start: Annotated[int, Option("--start-deadline", min=1, metavar="S", help="Until pods run.")] = Wanted.start_s,
+        storage: Annotated[
+            float, Option("--storage-gb-s", min=0.001, help="What a node writes to the claim, 10^9 bytes a second.")
+        ] = Wanted.storage_gb_s,
+        name: Annotated[str | None, Option("--name", help="Of a service. [default: the file's]")] = None,
+        weights: Annotated[
+            list[str] | None, Option("--weights", metavar="BASE=GIB", help="Of a base not here. Repeatable.")
+        ] = None,
+        out: Annotated[Path | None, Option("--out", metavar="FOLDER", help="For kubectl apply -k.")] = None,
+        overrides: Annotated[
+            list[str] | None, Option("--set", metavar="KEY=VALUE", help="Overrides a key of a recipe. Repeatable.")
+        ] = None,
+        as_json: AsJson = False,
+    ) -> None:
+        """Write the RayJob of a recipe, sized by the planner, or the RayService of a serving configuration."""
+        bases = _bases(what)
+        on_gpu = fleet is not None if bases is None else any(base.get("gpus") for base in bases.values())
+        devices = _pairs("--network-resource", network or [], int)
+        where = _placement(image, on_gpu, namespace, claim, queue, priority, secret, devices, topology)
+        sizes = _pairs("--weights", weights or [], float)
+        wanted = Wanted(
+            what,
+            bases is not None,
+            where,
+            overrides or [],
+            fleet,
+            fleets,
+            retries,
+            deadline,
+            start,
+            storage,
+            name,
+            sizes,
+        )
+        _finish(make(wanted), out, as_json)
+
+
+def _bases(path: Path) -> dict[str, Any] | None:
+    """The bases of a serving configuration, unchecked; None for a recipe."""
+    from tunesmith.cluster.errors import UsageError
+    from tunesmith.cluster.recipe.lines import read_yaml
+
+    tree, _ = read_yaml(path, UsageError, "recipe or serving configuration", "model or bases")
+    bases = tree.get("bases")
+    return {key: base for key, base in bases.items() if isinstance(base, dict)} if isinstance(bases, dict) else None
+
+
+def _placement(
+    image: str | None,
+    on_gpu: bool,
+    namespace: str | None,
+    claim: str,
+    queue: str | None,
+    priority: str | None,
+    secret: str | None,
+    network: dict[str, int],
+    topology: str | None,
+) -> Placement:
+    from importlib.metadata import version
+
+    from tunesmith.cluster.kube.pods import Placement
+
+    ours = f"tunesmith:{version('tunesmith')}-{'gpu' if on_gpu else 'cpu'}"
+    return Placement(
+        image=image or ours,
+        namespace=namespace,
+        claim=claim,
+        queue=queue,
+        priority=priority,
+        secret=secret,
+        network=network,
+        topology=topology,
+    )
+
+
+def _finish(documents: Sequence[dict[str, Any]], out: Path | None, as_json: bool) -> None:
+    """Checks rendered documents, and prints or writes them.
+
+    Raises:
+        InvalidManifestError: an option of the user's makes them such as nobody should apply.
+    """
+    from tunesmith.cluster.console import print_json, say, stderr
+    from tunesmith.cluster.kube import check, output
+
+    check.refuse(check.check_documents(("rendered", document) for document in documents), len(documents))
+    files = [str(path) for path in output.write(documents, out)] if out else []
+    if as_json:
+        print_json({"documents": list(documents), "files": files})
+    elif out:
+        say(stderr(), f"{len(documents)} documents in {out}: kubectl apply -k {out}")
+    else:
+        typer.echo(output.as_yaml(documents), nl=False)
+
+
+def _pairs(option: str, texts: Sequence[str], number: Callable[[str], Number]) -> dict[str, Number]:
+    """The values of a repeatable option `NAME=NUMBER`.
+
+    Raises:
+        UsageError: one is not of that form.
+    """
+    from tunesmith.cluster.errors import UsageError
+
+    found: dict[str, Number] = {}
+    for text in texts:
+        name, equals, value = text.rpartition("=")
+        try:
+            found[name] = number(value)
+        except ValueError:
+            equals = ""
+        if not equals or found[name] <= 0:
+            raise UsageError(f"{option} {text}: not of the form NAME=NUMBER", f"Write such as {option} name=8.")
+    return found

@@ -1,0 +1,78 @@
+"""What a pod of a training job does before its command and before it is ended.
+
+    python -m tunesmith.cluster.kube.lifecycle turn RUN --within 600
+    python -m tunesmith.cluster.kube.lifecycle save RUN --within 600
+
+RUN is the run's folder on the shared volume. `turn` waits until nobody else works on the run: KubeRay starts a retry
+while the pods of the attempt before may still be saving. `save` is the preStop hook of every pod: it asks the workers to
+save and waits until they have, because deleting a cluster signals Ray, which passes nothing on to a driver in time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from tunesmith.cluster.errors import RunBusyError, TunesmithError
+from tunesmith.cluster.runs import RunFolder
+
+POLL_S = 1.0
+
+
+def wait_for_turn(run: RunFolder, within_s: float) -> None:
+    """Returns when the run is free, or does not exist yet.
+
+    Raises:
+        RunBusyError: it was not free in time; names the process and host that hold it.
+    """
+    end = time.monotonic() + within_s
+    while run.root.exists():
+        try:
+            with run.lock():
+                return
+        except RunBusyError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(min(POLL_S, within_s))
+
+
+def save(run: RunFolder, within_s: float) -> bool:
+    """Asks the attempt at work to save and stop, and waits for it; False when it has not ended in time.
+
+    An attempt that has ended, or a run that has none, is asked nothing.
+    """
+    attempt = run.current_attempt() if run.root.exists() else 0
+    if attempt == 0 or run.outcome(attempt).exists():
+        return True
+    run.request_stop()
+    end = time.monotonic() + within_s
+    while not run.outcome(attempt).exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(min(POLL_S, within_s))
+    return True
+
+
+def main() -> None:
+    """Entry point; exit code 1 when the time was not enough."""
+    parser = argparse.ArgumentParser(prog="tunesmith.cluster.kube.lifecycle")
+    parser.add_argument("what", choices=["turn", "save"])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--within", type=float, required=True, metavar="SECONDS")
+    given = parser.parse_args()
+    run = RunFolder(given.run.absolute())
+    try:
+        if given.what == "turn":
+            wait_for_turn(run, given.within)
+        elif not save(run, given.within):
+            sys.exit(
+                f"run {run.name} has not saved within {given.within:g} s; it goes on from step {run.newest_step()}"
+            )
+    except TunesmithError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
