@@ -120,7 +120,7 @@ def _plan(recipe: Recipe, fleet: Fleet) -> Plan:
         PlanError: the model cannot be simulated, so nobody knows how large its pods must be.
     """
     try:
-        plan = make_plan(recipe, geometry(recipe.model.base, recipe.output.dir), fleet, alone=True)
+        plan = make_plan(recipe, geometry(recipe.model.base, recipe.output.dir), fleet)
     except PlanError as unknown:
         hint = "" if not fleet.gpu.is_cpu else " A mixture of experts can be with --fleet, on GPUs."
         raise PlanError(f"its pods cannot be sized: {unknown.what}", f"{unknown.fix}{hint}") from unknown

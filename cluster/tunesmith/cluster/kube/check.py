@@ -26,7 +26,7 @@ RULES: Mapping[str, str] = {
     **rules_safety.RULES,
 }
 """Every rule by name, and what holds where it is kept."""
-SHAPES = ("schema.kind", "schema.type", "schema.required")
+SHAPES = ("schema.kind", "schema.type", "schema.required", "schema.value")
 """Findings after which a document has not the shape that the other rules read."""
 
 

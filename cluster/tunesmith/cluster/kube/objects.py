@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from tunesmith.cluster.kube.findings import Document
@@ -21,6 +21,7 @@ DNS_1123 = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 QUANTITY = re.compile(r"([+-]?[0-9.]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]+)?")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 FACTORS = {"n": -9, "u": -6, "m": -3, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
 HEAD = "the head"
 
@@ -152,16 +153,19 @@ def quantity(text: str | int | float) -> Decimal:
         ValueError: it is none.
     """
     match = QUANTITY.fullmatch(str(text))
-    try:
-        number = Decimal(match[1]) if match else None
-    except InvalidOperation:
-        number = None
-    if match is None or number is None:
+    if match is None or not NUMBER.fullmatch(match[1]):
         raise ValueError(f"{text!r} is no quantity")
+    number = Decimal(match[1])
     suffix = match[2] or ""
     if suffix.endswith("i"):
         return number * 1024 ** ("KMGTPE".index(suffix[0]) + 1)
     return number.scaleb(FACTORS[suffix] if suffix in FACTORS else int(suffix[1:] or 0))
+
+
+def is_quantity(text: Any) -> bool:
+    """Whether a text or number is a quantity."""
+    match = QUANTITY.fullmatch(str(text))
+    return match is not None and NUMBER.fullmatch(match[1]) is not None
 
 
 def version(text: str) -> tuple[int, ...] | None:

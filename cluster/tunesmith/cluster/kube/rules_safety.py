@@ -12,6 +12,7 @@ from tunesmith.cluster.kube.objects import (
     SUBDOMAIN,
     Object,
     Pod,
+    is_quantity,
     labels_of,
     pods,
     qualified_name,
@@ -43,6 +44,7 @@ OUTSIDE = ("LoadBalancer", "NodePort", "ExternalName")
 ENFORCE = "pod-security.kubernetes.io/enforce"
 
 RULES = {
+    "core.quantity": "amounts of resources are quantities",
     "core.name": "names, namespaces and labels have Kubernetes' syntax",
     "security.non-root": "no container runs as root",
     "security.seccomp": "every container has the runtime's seccomp profile, or one of the node's",
@@ -172,6 +174,11 @@ def _resources(pod: Pod, path: KeyPath, container: Object) -> Iterator[Finding]:
     limits = resources.get("limits") or {}
     requests = {**limits, **(resources.get("requests") or {})}
     place: KeyPath = (*path, "resources")
+    if wrong := [(kind, amount) for kind, amount in (requests | limits).items() if not is_quantity(amount)]:
+        for kind, amount in wrong:
+            fix = "Write such as 2, 500m or 16Gi."
+            yield Finding("core.quantity", (*place, kind), f"container {name}: {amount!r} is no quantity", fix)
+        return
     gpus = {kind: amount for kind, amount in {**requests, **limits}.items() if GPU.fullmatch(kind)}
     for kind in ("cpu", "memory"):
         if kind not in requests:
@@ -199,6 +206,9 @@ def _shared_memory(pod: Pod, path: KeyPath, container: Object, limits: Object) -
     if shm.get("medium") != "Memory" or "sizeLimit" not in shm:
         what = f"container {container['name']} has several GPUs and 64 MiB at /dev/shm, where NCCL exchanges messages"
         yield Finding("resources.shm", place, what, "Mount an emptyDir {medium: Memory, sizeLimit: …} there.")
+    elif not is_quantity(shm["sizeLimit"]):
+        fix = "Write such as 16Gi."
+        yield Finding("core.quantity", place, f"{shm['sizeLimit']!r} is no quantity", fix)
     elif quantity(shm["sizeLimit"]) >= quantity(limits.get("memory", 0)):
         what = f"/dev/shm may take {shm['sizeLimit']} of the container's {limits.get('memory')}"
         yield Finding("resources.shm", place, what, "Its pages count as the container's memory: make it smaller.")

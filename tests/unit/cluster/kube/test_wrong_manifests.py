@@ -1,0 +1,259 @@
+"""Deliberately wrong manifests: each is refused by the rule that is for it, at the place that is wrong, with what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import manifests
+import pytest
+from manifests import GONE, changed, cluster, cluster_queue, job, of, service
+
+from tunesmith.cluster.kube import check
+
+C = "spec.rayClusterSpec"
+HEAD, WORKER = f"{C}.headGroupSpec", f"{C}.workerGroupSpecs.0"
+HEAD_POD, POD = f"{HEAD}.template.spec", f"{WORKER}.template.spec"
+HEAD_BOX, BOX = f"{HEAD_POD}.containers.0", f"{POD}.containers.0"
+NOTES = f"{WORKER}.template.metadata.annotations"
+RULES_JOB: dict[str, Any] = {"spec.shutdownAfterJobFinishes": False, "spec.suspend": False}
+DELETE = {"policy": "DeleteCluster", "condition": {"jobStatus": "SUCCEEDED", "ttlSeconds": 60}}
+WORKERS_LATER = {"policy": "DeleteWorkers", "condition": {"jobStatus": "SUCCEEDED", "ttlSeconds": 90}}
+SERVICE = "spec.rayClusterConfig"
+INCREMENTAL = {"type": "NewClusterWithIncrementalUpgrade"}
+OPTIONS = {"stepSizePercent": 10, "intervalSeconds": 10, "gatewayClassName": "istio", "maxSurgePercent": 100}
+LOOSE_POD = of("v1", "Pod", spec={"containers": [{"name": "it", "image": "tunesmith:1"}]})
+NAMESPACE = of("v1", "Namespace")
+GROUP = "spec.resourceGroups.0"
+FLAVOR = of("kueue.x-k8s.io/v1beta2", "ResourceFlavor", spec={"nodeLabels": {"gpu": "h100"}})
+TAINT = {"key": "gpu", "effect": "NoSchedule"}
+
+WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
+    # what it is, a valid document, what is changed, the rule, words of the message
+    ("a misspelt kind", job(), {"kind": "RayJobs"}, "schema.kind", "no schema of ray.io/v1/RayJobs"),
+    ("a misspelt key", job(), {"spec.backofLimit": 3}, "schema.unknown", "Did you mean backoffLimit?"),
+    ("a misspelt key of a pod", job(), {f"{POD}.contaners": []}, "schema.unknown", "Did you mean containers?"),
+    ("a misspelt key of the metadata", job(), {"metadata.lables": {}}, "schema.unknown", "Did you mean labels?"),
+    ("no head", job(), {HEAD: GONE}, "schema.required", "headGroupSpec"),
+    ("a text for a number", job(), {"spec.backoffLimit": "3"}, "schema.type", '"3" is no integer'),
+    ("a mode that there is not", job(), {f"{C}.authOptions.mode": "tokens"}, "schema.value", "Did you mean token?"),
+    ("no quantity", job(), {f"{BOX}.resources.limits.memory": "256 GB"}, "schema.value", "256 GB"),
+    ("a deadline of zero", job(), {"spec.preRunningDeadlineSeconds": 0}, "schema.value", "less than the minimum"),
+    ("an environment variable twice", job(), {f"{BOX}.env.1": {"name": "HOME", "value": "/"}}, "schema.duplicate", "name HOME"),
+    (
+        "half a deletion strategy",
+        job(),
+        {"spec.deletionStrategy": {"onSuccess": {"policy": "DeleteSelf"}}},
+        "schema.cel",
+        "BOTH onSuccess and onFailure",
+    ),
+    ("a name with an underscore", job(), {"metadata.name": "my_job"}, "kuberay.name", "DNS-1035"),
+    ("a job's name of 48", job(), {"metadata.name": "a" * 48}, "kuberay.name", "48 characters, and a RayJob may have 47"),
+    ("a cluster's name of 54", cluster(), {"metadata.name": "a" * 54}, "kuberay.name", "a RayCluster may have 53"),
+    ("a service's name of 48", service(), {"metadata.name": "a" * 48}, "kuberay.name", "a RayService may have 47"),
+    ("a head without a container", job(), {f"{HEAD_POD}.containers": []}, "kuberay.containers", "the head has no container"),
+    ("bounds in the wrong order", job(), {f"{WORKER}.minReplicas": 5}, "kuberay.replica-bounds", "5 is more than"),
+    ("negative replicas", job(), {f"{WORKER}.minReplicas": -1}, "kuberay.replica-bounds", "-1 is negative"),
+    (
+        "resources in two places",
+        job(),
+        {f"{WORKER}.resources": {"CPU": "4"}, f"{WORKER}.rayStartParams.num-gpus": "8"},
+        "kuberay.group-resources",
+        "rayStartParams has num-gpus",
+    ),
+    ("labels for ray start", job(), {f"{WORKER}.rayStartParams.labels": "a=b"}, "kuberay.group-labels", "Move them"),
+    ("no Ray label", job(), {f"{WORKER}.labels": {"-zone": "a"}}, "kuberay.group-labels", "-zone: a is no label"),
+    ("an idle timeout of v1", job(), {f"{WORKER}.idleTimeoutSeconds": 60}, "kuberay.idle-timeout", "autoscaler v2"),
+    ("a priority of an old Ray", job(), {f"{WORKER}.priority": 2, f"{C}.rayVersion": "2.55.0"}, "kuberay.group-priority", "2.56.0"),
+    (
+        "Redis in the environment",
+        job(),
+        {f"{HEAD_BOX}.env.0": {"name": "RAY_REDIS_ADDRESS", "value": "redis:6379"}},
+        "kuberay.gcs-options",
+        "gcsFaultToleranceOptions.redisAddress",
+    ),
+    (
+        "storage for Redis",
+        job(),
+        {f"{C}.gcsFaultToleranceOptions": {"redisAddress": "redis:6379", "storage": {"size": "1Gi"}}},
+        "kuberay.gcs-backend",
+        "storage with the redis backend",
+    ),
+    (
+        "an autoscaler that is off",
+        job(),
+        {f"{HEAD_BOX}.env.0": {"name": "RAY_enable_autoscaler_v2", "value": "1"}},
+        "kuberay.autoscaler",
+        "enableInTreeAutoscaling: true",
+    ),
+    ("a restarted pod under v2", service(), {f"{SERVICE}.headGroupSpec.template.spec.restartPolicy": "Always"}, "kuberay.autoscaler", "Write Never"),
+    ("a suspended group that scales", service(), {f"{SERVICE}.workerGroupSpecs.0.suspend": True}, "kuberay.autoscaler", "suspended while"),
+    ("a token without a version", job(), {f"{C}.rayVersion": GONE}, "kuberay.auth", "rayVersion not given"),
+    ("a token of an old Ray", job(), {f"{C}.rayVersion": "2.51.1"}, "kuberay.auth", "2.52.0 or later"),
+    (
+        "rules that the mode makes void",
+        job(),
+        {f"{C}.networkPolicy": {"mode": "DenyAllEgress", "head": {"ingressRules": [{}]}}},
+        "kuberay.network-policy",
+        "denies nothing of the kind",
+    ),
+    (
+        "TLS variables beside tlsOptions",
+        job(),
+        {f"{C}.tlsOptions": {"enabled": True}, f"{BOX}.env.0": {"name": "RAY_USE_TLS", "value": "1"}},
+        "kuberay.tls",
+        "RAY_USE_TLS is the operator's",
+    ),
+    ("a history server without a collector", job(), {f"{C}.historyServerOptions": {}}, "kuberay.history-server", "no collector"),
+    ("what is behind a gate", job(), {f"{C}.networkPolicy": {}}, "kuberay.feature-gate", "--feature-gate RayClusterNetworkPolicy"),
+    ("a strategy of a job's cluster", job(), {f"{C}.upgradeStrategy": {"type": "Recreate"}}, "kuberay.upgrade-strategy", "Leave it out"),
+    ("a job without a cluster", job(), {C: GONE}, "kuberay.job-cluster", "neither rayClusterSpec nor clusterSelector"),
+    ("suspended for ever", job(), {"spec.shutdownAfterJobFinishes": False}, "kuberay.suspend", "shutdownAfterJobFinishes: true"),
+    ("a time to live of nothing", job(), {**RULES_JOB, "spec.ttlSecondsAfterFinished": 60}, "kuberay.ttl", "60 s without"),
+    ("retries of an interactive job", job(), {"spec.submissionMode": "InteractiveMode"}, "kuberay.backoff-limit", "3 retries with InteractiveMode"),
+    ("retries on a borrowed cluster", job(), {"spec.clusterSelector": {"ray.io/cluster": "desk"}}, "kuberay.backoff-limit", "with clusterSelector"),
+    ("no time at all", job(), {"spec.activeDeadlineSeconds": 0}, "kuberay.deadlines", "0 s is no time"),
+    ("a submitter in sidecar mode", job(), {"spec.submissionMode": "SidecarMode"}, "kuberay.sidecar", "submitterPodTemplate in sidecar mode"),
+    ("a runtime environment of no YAML", job(), {"spec.runtimeEnvYAML": "{a: b"}, "kuberay.runtime-env", "mapping in YAML"),
+    ("Kubernetes tokens for a job", job(), {f"{C}.authOptions.enableK8sTokenAuth": True}, "kuberay.job-auth", "not for a RayJob"),
+    ("rules beside shutdown", job(), {"spec.deletionStrategy": {"deletionRules": [DELETE]}}, "kuberay.deletion", "Keep one of the two"),
+    (
+        "workers deleted after their cluster",
+        job(),
+        {**RULES_JOB, "spec.deletionStrategy": {"deletionRules": [DELETE, WORKERS_LATER]}},
+        "kuberay.deletion",
+        "Give DeleteCluster at least 90 s",
+    ),
+    ("a timeout of no time", service(), {"metadata.annotations": {"ray.io/initializing-timeout": "soon"}}, "kuberay.service", "'soon' is no time"),
+    ("a strategy that there is not", service(), {"spec.upgradeStrategy.type": "BlueGreen"}, "kuberay.service-upgrade", "BlueGreen is no strategy"),
+    ("an incremental upgrade without options", service(), {"spec.upgradeStrategy": INCREMENTAL}, "kuberay.service-upgrade", "clusterUpgradeOptions"),
+    (
+        "a step larger than the surge",
+        service(),
+        {"spec.upgradeStrategy": {**INCREMENTAL, "clusterUpgradeOptions": {**OPTIONS, "stepSizePercent": 50, "maxSurgePercent": 20}}},
+        "kuberay.service-upgrade",
+        "50 is more than maxSurgePercent 20",
+    ),
+    ("no queue's name", job(), {"metadata.labels.kueue|x-k8s|io/queue-name": "GPU queue"}, "kueue.labels", "'GPU queue' is no name"),
+    ("a queued job that starts at once", job(), {"spec.suspend": GONE}, "kueue.suspend", "Write suspend: true"),
+    ("a queued job that keeps its cluster", job(), {"spec.shutdownAfterJobFinishes": GONE}, "kueue.shutdown", "for ever"),
+    (
+        "a queued cluster that scales",
+        job(),
+        {f"{C}.enableInTreeAutoscaling": True},
+        "kueue.autoscaling",
+        'kueue.x-k8s.io/elastic-job: "true"',
+    ),
+    ("a group named head", job(), {f"{WORKER}.groupName": "head"}, "kueue.groups", "a worker group named head"),
+    ("eighteen groups", job(), {f"{C}.workerGroupSpecs": job()["spec"]["rayClusterSpec"]["workerGroupSpecs"] * 18}, "kueue.groups", "18 worker groups"),
+    (
+        "two topologies",
+        job(),
+        {NOTES: {"kueue.x-k8s.io/podset-required-topology": "rack", "kueue.x-k8s.io/podset-preferred-topology": "block"}},
+        "kueue.topology",
+        "Keep one of them",
+    ),
+    ("a slice without a topology", job(), {NOTES: {"kueue.x-k8s.io/podset-slice-size": "2"}}, "kueue.topology", "slice-required-topology"),
+    ("a resource covered twice", cluster_queue(), {f"{GROUP}.coveredResources.1": "cpu"}, "kueue.cluster-queue", "cpu is covered twice"),
+    ("quotas in another order", cluster_queue(), {f"{GROUP}.flavors.0.resources.0.name": "memory"}, "kueue.cluster-queue", "Keep the order"),
+    ("lending more than there is", cluster_queue(), {f"{GROUP}.flavors.0.resources.1.lendingLimit": 9}, "kueue.cluster-queue", "9 is more than"),
+    ("borrowing without a cohort", cluster_queue(), {"spec.cohortName": GONE, f"{GROUP}.flavors.0.resources.1.borrowingLimit": 1}, "schema.cel", "cohort is empty"),
+    ("a taint twice", FLAVOR, {"spec.nodeTaints": [TAINT, TAINT]}, "kueue.resource-flavor", "gpu:NoSchedule stands twice"),
+    ("no DNS name", NAMESPACE, {"metadata.name": "My_Team"}, "core.name", "no DNS subdomain"),
+    ("root", job(), {f"{POD}.securityContext.runAsNonRoot": GONE}, "security.non-root", "ray-worker may run as root"),
+    ("user 0", job(), {f"{BOX}.securityContext.runAsUser": 0}, "security.non-root", "no user 0"),
+    ("no seccomp profile", job(), {f"{HEAD_POD}.securityContext.seccompProfile": GONE}, "security.seccomp", "RuntimeDefault"),
+    ("an unconfined submitter", job(), {"spec.submitterPodTemplate.spec.securityContext.seccompProfile.type": "Unconfined"}, "security.seccomp", "ray-job-submitter"),
+    ("all capabilities", job(), {f"{BOX}.securityContext.capabilities": GONE}, "security.capabilities", "drop: [ALL]"),
+    ("locked memory by capability", job(), {f"{BOX}.securityContext.capabilities.add": ["IPC_LOCK"]}, "security.capabilities", "memlock"),
+    ("a privileged container", job(), {f"{BOX}.securityContext.privileged": True}, "security.privileges", "is privileged"),
+    ("gained privileges", job(), {f"{BOX}.securityContext.allowPrivilegeEscalation": GONE}, "security.privileges", "Write false"),
+    ("the node's network", job(), {f"{POD}.hostNetwork": True}, "security.host", "hostNetwork: true"),
+    ("the node's disk", job(), {f"{POD}.volumes.0": {"name": "scratch", "hostPath": {"path": "/"}}}, "security.host", "is a hostPath"),
+    ("a port of the node", job(), {f"{BOX}.ports": [{"containerPort": 8000, "hostPort": 80}]}, "security.host", "port 80 of its node"),
+    ("a volume of NFS", job(), {f"{POD}.volumes.0": {"name": "scratch", "nfs": {"server": "a", "path": "/"}}}, "security.volumes", "is a nfs"),
+    ("the API server's token", job(), {f"{POD}.automountServiceAccountToken": GONE}, "security.service-account-token", "Write false"),
+    ("a public dashboard", job(), {f"{HEAD}.serviceType": "LoadBalancer"}, "security.exposed", "Write ClusterIP"),
+    ("a port on every node", of("v1", "Service", spec={"type": "NodePort"}), {}, "security.exposed", "NodePort"),
+    ("an ingress to the head", job(), {f"{HEAD}.enableIngress": True}, "security.exposed", "an ingress to the head"),
+    (
+        "everybody lets in",
+        of("networking.k8s.io/v1", "NetworkPolicy", spec={"podSelector": {}, "ingress": [{}]}),
+        {},
+        "security.open-ingress",
+        "everybody may come in",
+    ),
+    ("no token", job(), {f"{C}.authOptions": GONE}, "security.auth", "authOptions: {mode: token}"),
+    ("a secret's name alone", job(), {f"{C}.authOptions": {"secretName": "token"}}, "security.auth", "mode: token"),
+    ("a token in the environment", job(), {f"{BOX}.env.0": {"name": "HF_TOKEN", "value": "abc"}}, "security.plain-secret", "HF_TOKEN has its value"),
+    ("a key by its look", job(), {f"{BOX}.env.0": {"name": "X", "value": "hf_" + "a" * 30}}, "security.plain-secret", "secretKeyRef"),
+    ("a key in a ConfigMap", of("v1", "ConfigMap", data={"a": "AKIA" + "A" * 16}), {}, "security.plain-secret", "what looks like a secret"),
+    ("a Secret in a file", of("v1", "Secret", stringData={"a": "b"}), {}, "security.plain-secret", "kubectl create secret"),
+    ("the latest image", job(), {f"{BOX}.image": "tunesmith:latest"}, "security.image", "another image from day to day"),
+    ("an image without a tag", job(), {f"{BOX}.image": "somewhere:5000/tunesmith"}, "security.image", "Write a version's tag"),
+    ("a namespace that enforces nothing", NAMESPACE, {}, "security.namespace", "it enforces nothing"),
+    (
+        "a role for everything",
+        of("rbac.authorization.k8s.io/v1", "Role", rules=[{"apiGroups": [""], "resources": ["pods"], "verbs": ["*"]}]),
+        {},
+        "security.wildcard",
+        "Name what it is for",
+    ),
+    ("no quantity in a plain pod", changed(LOOSE_POD, {"spec.containers.0.resources": {"limits": {"memory": "8 GB"}}}), {}, "core.quantity", "'8 GB' is no quantity"),
+    ("no memory", LOOSE_POD, {}, "resources.memory", "requests no memory"),
+    ("memory that may not be there", job(), {f"{BOX}.resources.requests.memory": "8Gi"}, "resources.memory", "Write the same twice"),
+    ("CPUs that may not be there", job(), {f"{BOX}.resources.requests.cpu": "8"}, "resources.gpu", "cpu 8 with the limit 64"),
+    ("no shared memory", job(), {f"{BOX}.volumeMounts.2": GONE}, "resources.shm", "64 MiB at /dev/shm"),
+    ("shared memory without a size", job(), {f"{POD}.volumes.2.emptyDir.sizeLimit": GONE}, "resources.shm", "sizeLimit"),
+    ("shared memory larger than the memory", job(), {f"{POD}.volumes.2.emptyDir.sizeLimit": "300Gi"}, "resources.shm", "may take 300Gi"),
+]  # fmt: skip
+
+
+def findings(*documents: dict[str, Any]) -> list[Any]:
+    return check.check_documents(("it.yaml", document) for document in documents)
+
+
+@pytest.mark.parametrize(
+    ("document", "changes", "rule", "words"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG]
+)
+def test_a_wrong_manifest_is_refused_by_its_rule(
+    document: dict[str, Any], changes: dict[str, Any], rule: str, words: str
+) -> None:
+    found = [finding for finding in findings(changed(document, changes)) if finding.rule == rule]
+    assert found, findings(changed(document, changes))
+    assert any(words in finding.line() for finding in found), [finding.line() for finding in found]
+    for finding in found:
+        assert finding.file == "it.yaml"
+        assert finding.what
+        assert finding.fix
+
+
+@pytest.mark.parametrize("document", [row[1] for row in WRONG if row[2]], ids=[row[0] for row in WRONG if row[2]])
+def test_what_was_changed_is_all_that_was_wrong(document: dict[str, Any]) -> None:
+    allowed = {"security.namespace"} if document is NAMESPACE else set()
+    assert {finding.rule for finding in findings(document)} <= allowed
+
+
+def test_a_document_that_stands_twice_is_refused() -> None:
+    assert [finding.rule for finding in findings(job(), job())] == ["core.twice"]
+
+
+def test_every_rule_has_a_manifest_that_breaks_it() -> None:
+    assert {row[3] for row in WRONG} | {"core.twice"} == set(check.RULES)
+
+
+def test_a_gate_that_is_on_allows_what_is_behind_it() -> None:
+    gated = changed(job(), {f"{C}.networkPolicy": {"mode": "DenyAll"}})
+    assert [finding.rule for finding in findings(gated)] == ["kuberay.feature-gate"]
+    assert check.check_documents([("it", gated)], gates=frozenset({"RayClusterNetworkPolicy"})) == []
+
+
+def test_a_head_with_the_autoscaler_may_hold_a_token() -> None:
+    head = service()["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]
+    assert "automountServiceAccountToken" not in head
+    assert findings(service()) == []
+
+
+def test_an_elastic_job_may_autoscale_in_a_queue() -> None:
+    elastic = {"metadata.annotations": {"kueue.x-k8s.io/elastic-job": "true"}, f"{C}.enableInTreeAutoscaling": True}
+    elastic[f"{HEAD_POD}.automountServiceAccountToken"] = GONE
+    assert findings(changed(manifests.job(), elastic)) == []

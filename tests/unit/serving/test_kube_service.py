@@ -1,0 +1,97 @@
+"""RayServices of serving configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tunesmith.cluster.errors import ModelError, ResourceError, ServeConfigError, UsageError
+from tunesmith.cluster.kube import check
+from tunesmith.cluster.kube.commands import Wanted
+from tunesmith.cluster.kube.pods import Placement
+from tunesmith.serving import kube
+from tunesmith.serving.config import Serve
+from tunesmith.trainers.memory.weights import weights_gib
+
+LLAMA: dict[str, Any] = {"path": "meta-llama/Llama-3.1-8B", "engine": "vllm", "gpus": 1}
+PLACEMENT = Placement(image="tunesmith:0.1.0-gpu")
+
+
+def made(tmp_path: Path, tree: dict[str, Any], placement: Placement = PLACEMENT, **wanted: Any) -> dict[str, Any]:
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return kube.documents(Wanted(path, True, placement, **wanted), weights_gib)[0]
+
+
+@pytest.mark.parametrize(
+    ("tree", "placement"),
+    [
+        ({"bases": {"llama": LLAMA}}, PLACEMENT),
+        ({"bases": {"llama": {**LLAMA, "autoscaling": {"max_replicas": 4}}}}, PLACEMENT),
+        ({"bases": {"llama": LLAMA, "small_one": {"path": "HuggingFaceTB/SmolLM2-135M", "cpus": 2}}}, PLACEMENT),
+        ({"bases": {"llama": {**LLAMA, "autoscaling": {"max_replicas": 2}}}}, Placement("tunesmith:1", queue="gpu")),
+        ({"bases": {"large": {"path": "meta-llama/Llama-3.1-70B", "gpus": 2}}}, Placement("tunesmith:1", priority="high")),
+    ],
+    ids=["one base", "autoscaling", "two bases", "in a queue", "two GPUs a replica"],
+)  # fmt: skip
+def test_every_rendered_service_is_valid(tmp_path: Path, tree: dict[str, Any], placement: Placement) -> None:
+    assert check.check_documents([("it", made(tmp_path, tree, placement))]) == []
+
+
+def test_the_configuration_rides_in_the_service_and_is_one(tmp_path: Path) -> None:
+    tree = {"bases": {"llama": LLAMA}, "registry": "registry", "agents": {"panel": {"layers": [[{"model": "llama"}]]}}}
+    config = yaml.safe_load(made(tmp_path, tree)["spec"]["serveConfigV2"])
+    application = config["applications"][0]
+    served = Serve.model_validate(application["args"])
+    assert served.registry == "/shared/registry"
+    assert served.agents["panel"].layers[0][0].model == "llama"
+    assert (served.http.port, config["http_options"]["port"]) == (8000, 8000)
+    module, _, function = application["import_path"].partition(":")
+    assert hasattr(__import__(module, fromlist=[function]), function)
+
+
+def test_ray_serve_accepts_the_configuration(tmp_path: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    config = yaml.safe_load(made(tmp_path, {"bases": {"llama": LLAMA}})["spec"]["serveConfigV2"])
+    assert ServeDeploySchema.model_validate(config).applications[0].name == "tunesmith"
+
+
+def test_replicas_follow_the_load_between_their_bounds(tmp_path: Path) -> None:
+    scaling = {"min_replicas": 2, "max_replicas": 5}
+    spec = made(tmp_path, {"bases": {"llama": {**LLAMA, "autoscaling": scaling}}})["spec"]["rayClusterConfig"]
+    group = spec["workerGroupSpecs"][0]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (2, 2, 5)
+    assert spec["enableInTreeAutoscaling"] is True
+    fixed = made(tmp_path, {"bases": {"llama": {**LLAMA, "replicas": 3}}})["spec"]["rayClusterConfig"]
+    assert fixed["workerGroupSpecs"][0]["maxReplicas"] == 3
+    assert "enableInTreeAutoscaling" not in fixed
+
+
+def test_weights_that_no_gpu_holds_are_refused(tmp_path: Path) -> None:
+    tree = {"bases": {"large": {"path": "meta-llama/Llama-3.1-70B", "gpus": 1}}}
+    with pytest.raises(ResourceError, match=r"131\.4 GiB, and 1 GPU\(s\) of 79\.1"):
+        made(tmp_path, tree, fleet="8xH100-80GB")
+    tree["bases"]["large"]["gpus"] = 2
+    assert made(tmp_path, tree, fleet="8xH100-80GB")["kind"] == "RayService"
+
+
+def test_a_service_for_everybody_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ServeConfigError, match="lets everybody in"):
+        made(tmp_path, {"bases": {"llama": LLAMA}, "http": {"auth": "none"}})
+
+
+def test_a_base_of_unknown_size_has_to_be_said(tmp_path: Path) -> None:
+    tree = {"bases": {"own": {"path": "/shared/models/own", "gpus": 1}}}
+    with pytest.raises(ModelError, match=r"bases\.own\.path") as refused:
+        made(tmp_path, tree)
+    assert "--weights NAME=GIB" in refused.value.fix
+    assert made(tmp_path, tree, weights={"own": 15.0})["kind"] == "RayService"
+
+
+def test_a_folder_of_this_machine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="only the claim at /shared"):
+        made(tmp_path, {"bases": {"own": {"path": "/data/model"}}})
