@@ -40,10 +40,12 @@ SECRET_VALUE = re.compile(
     r"|eyJ[A-Za-z0-9_-]{20,}\.eyJ|(?i:(?:token|password|secret|api_?key)\s*[:=]\s*['\"]?[A-Za-z0-9/+_-]{16,})"
 )
 GPU = re.compile(r"(nvidia|amd|gpu\.intel)\.com/(gpu|mig-.+|i915)")
+CLUSTER_WIDE = ("Namespace", "ClusterQueue", "ResourceFlavor", "WorkloadPriorityClass", "Topology", "PriorityClass")
 OUTSIDE = ("LoadBalancer", "NodePort", "ExternalName")
 ENFORCE = "pod-security.kubernetes.io/enforce"
 
 RULES = {
+    "core.namespace": "what belongs to the whole cluster stands in no namespace",
     "core.quantity": "amounts of resources are quantities",
     "core.name": "names, namespaces and labels have Kubernetes' syntax",
     "security.non-root": "no container runs as root",
@@ -96,6 +98,9 @@ def _names(document: Document) -> Iterator[Finding]:
         if written and (len(written) > 253 or not SUBDOMAIN.fullmatch(written)):
             what = f"{written!r} is no DNS subdomain"
             yield Finding("core.name", ("metadata", key), what, "Lower-case letters, digits, dashes and dots.")
+    if document["kind"] in CLUSTER_WIDE and metadata.get("namespace"):
+        what = f"a {document['kind']} belongs to the whole cluster"
+        yield Finding("core.namespace", ("metadata", "namespace"), what, "Leave it out.")
     for key, value in labels_of(document).items():
         if not qualified_name(key) or not LABEL_VALUE.fullmatch(value or ""):
             fix = "Letters, digits, dashes, dots and underscores, at most 63."

@@ -158,6 +158,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     ("lending more than there is", cluster_queue(), {f"{GROUP}.flavors.0.resources.1.lendingLimit": 9}, "kueue.cluster-queue", "9 is more than"),
     ("borrowing without a cohort", cluster_queue(), {"spec.cohortName": GONE, f"{GROUP}.flavors.0.resources.1.borrowingLimit": 1}, "schema.cel", "cohort is empty"),
     ("a taint twice", FLAVOR, {"spec.nodeTaints": [TAINT, TAINT]}, "kueue.resource-flavor", "gpu:NoSchedule stands twice"),
+    ("a cluster's queue in a namespace", cluster_queue(), {"metadata.namespace": "team"}, "core.namespace", "belongs to the whole cluster"),
     ("no DNS name", NAMESPACE, {"metadata.name": "My_Team"}, "core.name", "no DNS subdomain"),
     ("root", job(), {f"{POD}.securityContext.runAsNonRoot": GONE}, "security.non-root", "ray-worker may run as root"),
     ("user 0", job(), {f"{BOX}.securityContext.runAsUser": 0}, "security.non-root", "no user 0"),
