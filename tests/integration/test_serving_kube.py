@@ -1,0 +1,82 @@
+"""What a RayService hands to Ray Serve starts the service: the rendered configuration, deployed as KubeRay deploys it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import tiny_models
+import yaml
+from serving_service import free_port
+
+from tunesmith.cluster.kube.commands import Wanted
+from tunesmith.cluster.kube.pods import Placement
+from tunesmith.cluster.session import RaySession
+from tunesmith.serving import kube
+from tunesmith.serving.statelog import StateLog
+from tunesmith.serving.tenants import Keys
+
+
+@pytest.fixture(scope="module")
+def address(ray_session: RaySession, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """URL and key of a service that Serve's controller was given as a configuration."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    from tunesmith.serving.deployment import take_down
+
+    folder = tmp_path_factory.mktemp("kube")
+    written = folder / "serve.yaml"
+    tree = {"bases": {"tiny": {"path": str(tiny_models.make("llama", folder / "tiny")), "engine": "transformers"}}}
+    config = deployed(written, tree, folder)
+    ray_session.nodes()
+    port = config["http_options"]["port"]
+    serve.start(http_options=config["http_options"])
+    client: Any = _get_global_client()
+    client.deploy_apps(ServeDeploySchema.model_validate(config), _blocking=True)
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{url}/readyz").status_code != 200:
+        assert time.monotonic() < deadline, serve.status()
+        time.sleep(0.2)
+    yield (
+        url,
+        Keys(StateLog(str(folder / "registry"), "keys")).create("acme", time.time(), scopes=("infer",), limits=None),
+    )
+    take_down(is_alone=False)
+
+
+def deployed(written: Path, tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The configuration in a rendered RayService, with this machine's folders and a port on the loopback interface."""
+    served = {"bases": {"tiny": {**tree["bases"]["tiny"], "path": "/shared/tiny"}}}
+    written.write_text(yaml.safe_dump(served))
+    document = kube.documents(Wanted(written, True, Placement("tunesmith:1"), weights={"tiny": 0.1}), lambda *_: 0.1)[0]
+    config = yaml.safe_load(document["spec"]["serveConfigV2"])
+    config["http_options"] = http = {"host": "127.0.0.1", "port": free_port()}
+    arguments = config["applications"][0]["args"]
+    arguments |= {"http": http, "registry": str(folder / "registry")}
+    arguments["bases"]["tiny"]["path"] = tree["bases"]["tiny"]["path"]
+    return config
+
+
+def test_the_application_of_a_rayservice_answers(address: tuple[str, str]) -> None:
+    url, key = address
+    headers = {"Authorization": f"Bearer {key}"}
+    body = {"model": "tiny", "prompt": [5, 9, 30], "max_tokens": 4, "temperature": 0}
+    deadline = time.monotonic() + 15  # until the desk has read the new key
+    while (answer := httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=30)).status_code == 401:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 4
+
+
+def test_nobody_is_answered_without_a_key(address: tuple[str, str]) -> None:
+    url, _ = address
+    assert httpx.get(f"{url}/v1/models").status_code == 401
+    assert httpx.get(f"{url}/healthz").status_code == 200
