@@ -11,6 +11,7 @@ from imports import REPOSITORY
 from tunesmith.cluster import fleet_reference
 from tunesmith.cluster.fleet import FleetShape, GpuFigures, parse_fleet
 from tunesmith.cluster.fleet_file import load_fleets
+from tunesmith.cluster.kube import reference as kube_reference
 from tunesmith.cluster.recipe import reference
 from tunesmith.cluster.recipe.load import load_recipe
 from tunesmith.serving import reference as serving_reference
@@ -19,7 +20,9 @@ from tunesmith.serving.config import load_config
 PAGES = sorted(
     [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "examples").rglob("*.md")]
 )
-RECIPES = sorted((REPOSITORY / "examples").rglob("*.yaml"))
+RECIPES = sorted(path for path in (REPOSITORY / "examples").rglob("*.yaml") if "manifests" not in path.parts)
+ON_THE_CLUSTER = "data/"
+"""Where data lies that an example for a cluster reads: on the cluster's shared volume."""
 
 
 def from_root(path: Path) -> str:
@@ -43,6 +46,11 @@ def test_the_tables_of_serving_are_what_the_schema_says() -> None:
     assert page.endswith(f"\n{serving_reference.markdown()}\n"), "python -m tunesmith.serving.reference"
 
 
+def test_the_table_of_kubernetes_rules_is_what_is_checked() -> None:
+    page = (REPOSITORY / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    assert page.endswith(f"\n{kube_reference.rule_table()}\n"), "python -m tunesmith.cluster.kube.reference"
+
+
 def test_the_serving_configuration_shown_is_valid(tmp_path: Path) -> None:
     page = (REPOSITORY / "docs" / "serve.md").read_text(encoding="utf-8")
     shown = tmp_path / "serve.yaml"
@@ -61,7 +69,7 @@ def test_the_fleets_file_shown_is_valid(tmp_path: Path) -> None:
 def test_every_example_is_a_valid_recipe_whose_data_is_there(path: Path) -> None:
     recipe = load_recipe(path)
     for source in recipe.data.train:
-        assert (REPOSITORY / source.path).is_file()
+        assert source.path.startswith(ON_THE_CLUSTER) or (REPOSITORY / source.path).is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=from_root)
