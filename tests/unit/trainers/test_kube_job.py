@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +68,11 @@ def test_the_gang_is_whole_and_the_run_is_told_its_size() -> None:
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (2, 2, 2)
     assert limits(documents)["nvidia.com/gpu"] == 8
     assert limits(documents)["rdma/ib"] == 8
-    words = shlex.split(spec["entrypoint"])
-    assert {"cluster.workers=16", "cluster.gpus_per_worker=1", "cluster.cpus_per_worker=8"} <= set(words)
+    command = json.loads(documents[0]["data"]["job.json"])["command"]
+    assert command[:3] == ["tunesmith", "train", "/etc/tunesmith/recipe.yaml"]
+    assert set(command[3::2]) == {"--set"}
+    words = set(command[4::2])
+    assert {"cluster.workers=16", "cluster.gpus_per_worker=1", "cluster.cpus_per_worker=8"} <= words
     assert spec["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
@@ -97,7 +99,9 @@ def test_a_pod_has_time_to_save_and_a_retry_goes_on() -> None:
     assert hook[3:5] == ["save", "/shared/runs/support-full"]
     assert int(hook[-1]) < pod["terminationGracePeriodSeconds"]
     assert spec["backoffLimit"] == 3
-    assert "lifecycle turn /shared/runs/support-full" in spec["entrypoint"]
+    job = json.loads(rendered("every weight on 2x8")[0]["data"]["job.json"])
+    assert (job["run"], job["directory"]) == ("/shared/runs/support-full", "/shared")
+    assert job["within_s"] > pod["terminationGracePeriodSeconds"], "a retry waits longer than a save may take"
 
 
 def test_a_larger_checkpoint_and_slower_storage_get_more_time() -> None:

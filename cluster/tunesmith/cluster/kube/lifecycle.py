@@ -1,16 +1,21 @@
 """What a pod of a training job does before its command and before it is ended.
 
-    python -m tunesmith.cluster.kube.lifecycle turn RUN --within 600
+    python -m tunesmith.cluster.kube.lifecycle run JOB
     python -m tunesmith.cluster.kube.lifecycle save RUN --within 600
 
-RUN is the run's folder on the shared volume. `turn` waits until nobody else works on the run: KubeRay starts a retry
-while the pods of the attempt before may still be saving. `save` is the preStop hook of every pod: it asks the workers to
-save and waits until they have, because deleting a cluster signals Ray, which passes nothing on to a driver in time.
+`run` is the entrypoint. JOB is a JSON file with the `command`, the `directory` that it begins in, the `run` whose turn it
+waits for, and `within_s`: KubeRay starts a retry while the pods of the attempt before may still be saving. The command
+stands in a file because KubeRay hands an entrypoint through two shells, which would take a recipe's values apart.
+
+`save` is the preStop hook of every pod. RUN is the run's folder on the shared volume. It asks the workers to save and
+waits until they have, because deleting a cluster signals Ray, which passes nothing on to a driver in time.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -55,18 +60,33 @@ def save(run: RunFolder, within_s: float) -> bool:
     return True
 
 
+def run_job(path: Path) -> None:
+    """Waits for the run's turn and becomes the job's command.
+
+    Raises:
+        RunBusyError: the run was not free in time.
+    """
+    job = json.loads(path.read_text(encoding="utf-8"))
+    wait_for_turn(RunFolder(Path(job["run"])), job["within_s"])
+    os.chdir(job["directory"])
+    os.execvp(job["command"][0], job["command"])
+
+
 def main() -> None:
     """Entry point; exit code 1 when the time was not enough."""
     parser = argparse.ArgumentParser(prog="tunesmith.cluster.kube.lifecycle")
-    parser.add_argument("what", choices=["turn", "save"])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--within", type=float, required=True, metavar="SECONDS")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("run").add_argument("job", type=Path)
+    save_ = verbs.add_parser("save")
+    save_.add_argument("run", type=Path)
+    save_.add_argument("--within", type=float, required=True, metavar="SECONDS")
     given = parser.parse_args()
-    run = RunFolder(given.run.absolute())
     try:
-        if given.what == "turn":
-            wait_for_turn(run, given.within)
-        elif not save(run, given.within):
+        if given.verb == "run":
+            run_job(given.job)
+            return
+        run = RunFolder(given.run.absolute())
+        if not save(run, given.within):
             sys.exit(
                 f"run {run.name} has not saved within {given.within:g} s; it goes on from step {run.newest_step()}"
             )

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.cluster.kube import pods
 from tunesmith.cluster.kube.pods import MOUNT, RECIPES, Placement, PodSize
 
-RECIPE_FILE = "recipe.yaml"
+RECIPE_FILE, JOB_FILE = "recipe.yaml", "job.json"
+ENTRYPOINT = f"python -m tunesmith.cluster.kube.lifecycle run {RECIPES}/{JOB_FILE}"
 FAREWELL_S = 30
 """Of the grace period, for what comes after the save: the driver's end and Ray's own."""
-TURN_S = 900
-"""How long a retry waits for the attempt before it to let go of the run."""
+TURN_S = 600
+"""How much longer than a save may take a retry waits for the attempt before it to let go of the run."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,13 @@ class Job:
 
 
 def documents(job: Job, placement: Placement) -> list[dict[str, Any]]:
-    """The recipe's ConfigMap and its RayJob.
+    """The ConfigMap with recipe and command, and the RayJob.
 
     The ConfigMap is immutable and named by its content: a changed recipe is another one, and a running job keeps its own.
     """
     name = pods.object_name(job.run)
-    digest = hashlib.sha256(job.recipe.encode()).hexdigest()[:8]
+    data = {RECIPE_FILE: job.recipe, JOB_FILE: json.dumps(_command(job), indent=1) + "\n"}
+    digest = hashlib.sha256("\0".join(data.values()).encode()).hexdigest()[:8]
     config_map = f"{name}-recipe-{digest}"
     return [
         {
@@ -64,7 +66,7 @@ def documents(job: Job, placement: Placement) -> list[dict[str, Any]]:
             "kind": "ConfigMap",
             "metadata": pods.metadata(config_map, "recipe", job.run, placement),
             "immutable": True,
-            "data": {RECIPE_FILE: job.recipe},
+            "data": data,
         },
         {
             "apiVersion": "ray.io/v1",
@@ -75,18 +77,20 @@ def documents(job: Job, placement: Placement) -> list[dict[str, Any]]:
     ]
 
 
-def entrypoint(job: Job) -> str:
-    """The shell command that Ray's job runs on the head, which has no GPU and no CPU for workers."""
-    turn = ["python", "-m", "tunesmith.cluster.kube.lifecycle", "turn", job.folder, "--within", str(TURN_S)]
-    command = ["tunesmith", job.command, f"{RECIPES}/{RECIPE_FILE}"]
-    for override in job.overrides:
-        command += ["--set", override]
-    return f"cd {MOUNT} && {shlex.join(turn)} && exec {shlex.join(command)}"
+def _command(job: Job) -> dict[str, Any]:
+    """What `lifecycle run` does on the head, which has no GPU and no CPU for workers."""
+    overrides = [word for override in job.overrides for word in ("--set", override)]
+    return {
+        "run": job.folder,
+        "within_s": job.grace_s + TURN_S,
+        "directory": MOUNT,
+        "command": ["tunesmith", job.command, f"{RECIPES}/{RECIPE_FILE}", *overrides],
+    }
 
 
 def _spec(job: Job, placement: Placement, config_map: str) -> dict[str, Any]:
     spec: dict[str, Any] = {
-        "entrypoint": entrypoint(job),
+        "entrypoint": ENTRYPOINT,
         "submissionMode": "K8sJobMode",
         "submitterPodTemplate": _submitter(job, placement),
         "shutdownAfterJobFinishes": True,

@@ -12,6 +12,7 @@ SOURCES = {
     "core": "Kubernetes' own validation",
     "kuberay": "KubeRay's operator",
     "kueue": "Kueue's webhooks",
+    "job": "nobody, but it would run elsewhere than meant",
     "security": "us: the restricted Pod Security Standard, and what follows from it",
     "resources": "us: what scheduler and kubelet are told",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -18,7 +19,11 @@ STRATEGIES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
 ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
 """What goes first."""
 
+SHELL = re.compile(r"[();<>|&$`]+|.*[$`].*")
+"""Words that a shell does not pass on as they are."""
+
 RULES = {
+    "job.entrypoint": "an entrypoint is one command without shell operators, which the submitter's own shell would run there",
     "kuberay.job-cluster": "a RayJob has a cluster of its own or selects one that is there, by name, and not in sidecar mode",
     "kuberay.suspend": "only a RayJob with shutdownAfterJobFinishes and a cluster of its own may be suspended",
     "kuberay.ttl": "ttlSecondsAfterFinished is not negative and goes with shutdownAfterJobFinishes",
@@ -86,11 +91,27 @@ def _job(spec: Object, cluster: RayCluster | None) -> Iterator[Finding]:
             yield Finding("kuberay.backoff-limit", path, f"{retries} retries with {reason}", "Set it to 0.")
 
 
+def _entrypoint(text: str) -> Iterator[Finding]:
+    path, fix = ("spec", "entrypoint"), "Put them into a script of the image, or quote them for two shells."
+    words = shlex.shlex(text, posix=False, punctuation_chars="();<>|&")
+    words.whitespace_split, words.commenters = True, ""
+    try:
+        taken = [word for word in words if SHELL.fullmatch(word) and not word.startswith("'")]
+    except ValueError as error:
+        yield Finding("job.entrypoint", path, f"{str(error).lower()}", fix)
+        return
+    if taken:
+        what = f"{' '.join(taken)} would be taken by the submitter's shell, not by the job's"
+        yield Finding("job.entrypoint", path, what, fix)
+
+
 def _mode(spec: Object) -> str:
     return spec.get("submissionMode") or "K8sJobMode"
 
 
 def _submission(spec: Object, cluster: RayCluster | None) -> Iterator[Finding]:
+    if _mode(spec) in ("K8sJobMode", "SidecarMode"):
+        yield from _entrypoint(spec.get("entrypoint") or "")
     if _mode(spec) == "SidecarMode":
         for key in ("submitterPodTemplate", "submitterConfig"):
             if key in spec:

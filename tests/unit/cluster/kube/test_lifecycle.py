@@ -23,9 +23,16 @@ def run(tmp_path: Path) -> RunFolder:
     return folder
 
 
-def called(what: str, run: RunFolder, within: float) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tunesmith.cluster.kube.lifecycle", what, str(run.root), "--within", str(within)]
+def called(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tunesmith.cluster.kube.lifecycle", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def job_of(run: RunFolder, folder: Path, within_s: float, *command: str) -> Path:
+    path = folder / "job.json"
+    job = {"run": str(run.root), "within_s": within_s, "directory": str(folder), "command": list(command)}
+    path.write_text(json.dumps(job))
+    return path
 
 
 def test_a_pod_that_ends_asks_the_workers_to_save_and_waits(run: RunFolder) -> None:
@@ -39,7 +46,7 @@ def test_a_pod_that_ends_asks_the_workers_to_save_and_waits(run: RunFolder) -> N
 
     training = threading.Thread(target=worker)
     training.start()
-    done = called("save", run, 30)
+    done = called("save", run.root, "--within", 30)
     ended = run.outcome(attempt).exists()
     training.join()
     assert done.returncode == 0, done.stderr
@@ -49,7 +56,7 @@ def test_a_pod_that_ends_asks_the_workers_to_save_and_waits(run: RunFolder) -> N
 def test_a_save_that_takes_too_long_says_where_the_run_goes_on(run: RunFolder) -> None:
     run.begin_attempt()
     (run.checkpoints / "step-00000020").mkdir()
-    done = called("save", run, 0.2)
+    done = called("save", run.root, "--within", 0.2)
     assert done.returncode == 1
     assert "run bot has not saved within 0.2 s; it goes on from step 20" in done.stderr
 
@@ -85,7 +92,19 @@ def test_a_retry_waits_until_the_attempt_before_lets_go(run: RunFolder) -> None:
     other.join()
 
 
-def test_waiting_for_a_run_that_does_not_exist_does_not_make_it(tmp_path: Path) -> None:
+def test_a_run_that_is_not_free_in_time_ends_the_job_without_its_command(run: RunFolder, tmp_path: Path) -> None:
+    with run.lock():
+        done = called("run", job_of(run, tmp_path, 0.2, "touch", "began"))
+    assert done.returncode == 1
+    assert "being worked on by process" in done.stderr
+    assert not (tmp_path / "began").exists()
+
+
+def test_the_command_begins_in_its_directory_with_its_words_as_they_were(tmp_path: Path) -> None:
     nothing = RunFolder(tmp_path / "runs" / "other")
-    assert called("turn", nothing, 5).returncode == 0
-    assert not nothing.root.exists()
+    words = ["adaptation={kind: lora, rank: 16}", "name=it's $HOME; a && b"]
+    script = "import json, sys; json.dump(sys.argv[1:], open('words', 'w')); sys.exit(75)"
+    done = called("run", job_of(nothing, tmp_path, 5, sys.executable, "-c", script, *words))
+    assert done.returncode == 75, done.stderr
+    assert json.loads((tmp_path / "words").read_text()) == words
+    assert not nothing.root.exists(), "waiting for a run does not make it"
