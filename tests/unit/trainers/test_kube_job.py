@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,23 @@ def test_what_cannot_be_simulated_cannot_be_sized() -> None:
     with pytest.raises(PlanError, match="its pods cannot be sized") as refused:
         kube.documents(Wanted(SUPPORT / "moe.yaml", False, PLACEMENT))
     assert "--fleet" in refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (["--image", "tunesmith:latest"], "security.image"),
+        (["--image", "tunesmith"], "security.image"),
+        (["--queue", "GPU queue"], "kueue.labels"),
+        (["--namespace", "My_Team"], "core.name"),
+        (["--set", "data.train=s3://bucket/rows?token=hf_" + "a" * 30], "security.plain-secret"),
+    ],
+)
+def test_an_option_that_nobody_should_apply_is_refused(options: list[str], rule: str) -> None:
+    from tunesmith.cluster.main import app
+
+    with pytest.raises(check.InvalidManifestError, match=rf"\({re.escape(rule)}\)"):
+        app(["k8s", "render", str(SUPPORT / "lora.yaml"), *options], standalone_mode=False)
 
 
 def test_the_command_writes_a_folder_that_the_other_command_accepts(
