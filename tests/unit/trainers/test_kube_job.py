@@ -77,6 +77,15 @@ def test_the_gang_is_whole_and_the_run_is_told_its_size() -> None:
     assert spec["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
+def test_a_sweep_has_the_whole_fleet_and_a_trial_its_own_workers() -> None:
+    documents = rendered("a sweep in a queue")
+    command = json.loads(documents[0]["data"]["job.json"])["command"]
+    assert command[:2] == ["tunesmith", "sweep"]
+    assert "cluster.workers=1" in command
+    assert limits(documents)["nvidia.com/gpu"] == 4
+    assert "lifecycle" not in worker(documents)["template"]["spec"]["containers"][0]
+
+
 def test_the_recipe_is_mounted_as_it_was_written_and_a_changed_one_is_another() -> None:
     first = rendered("one CPU worker")[0]
     assert first["data"]["recipe.yaml"] == (SUPPORT / "lora.yaml").read_text()

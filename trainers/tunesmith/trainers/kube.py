@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -51,13 +52,13 @@ def documents(wanted: Wanted) -> list[dict[str, Any]]:
     recipe = load_recipe(wanted.path, wanted.overrides)
     _check_paths(recipe)
     fleet = _fleet(recipe, wanted)
-    plan = _plan(recipe, fleet)
+    plan = _plan(recipe, _of_one_run(recipe, fleet))
     nodes, size = _pods(recipe, fleet, plan)
     job = rayjob.Job(
         run=recipe.name,
         command="sweep" if recipe.tune else "train",
         recipe=wanted.path.read_text(encoding="utf-8"),
-        overrides=[*wanted.overrides, *_settled(recipe, fleet, nodes, size)],
+        overrides=[*wanted.overrides, *_settled(recipe, fleet, size)],
         folder=f"{on_claim('output.dir', recipe.output.dir)}/{recipe.name}",
         nodes=nodes,
         size=size,
@@ -92,11 +93,17 @@ def _fleet(recipe: Recipe, wanted: Wanted) -> Fleet:
                 f"--fleet {wanted.fleet}: workers without GPUs need no fleet",
                 "Leave --fleet out, and write cluster.workers and cluster.cpus_per_worker.",
             )
-        if "workers" in cluster.model_fields_set and cluster.workers != fleet.gpus:
+        if recipe.tune is None and "workers" in cluster.model_fields_set and cluster.workers != fleet.gpus:
             raise ResourceError(
                 f"{recipe.where('cluster.workers')}cluster.workers: {cluster.workers}, and {fleet.name} has "
                 f"{fleet.nodes} × {fleet.gpus_per_node} = {fleet.gpus} GPUs",
                 f"A GPU has one worker: --set cluster.workers={fleet.gpus}, or another --fleet.",
+            )
+        if cluster.workers > fleet.gpus:
+            raise ResourceError(
+                f"{recipe.where('cluster.workers')}cluster.workers: a trial has {cluster.workers}, and {fleet.name} has "
+                f"{fleet.gpus} GPUs",
+                "Lower it, or take a larger --fleet.",
             )
         return fleet
     if cluster.gpus_per_worker:
@@ -107,6 +114,14 @@ def _fleet(recipe: Recipe, wanted: Wanted) -> Fleet:
     memory, cpus = cluster.memory_gib_per_worker or UNLIMITED_GIB, _cpus(recipe, on_gpu=False)
     node = Node(cpus=cpus * cluster.workers, memory_gib=memory * cluster.workers)
     return of_cpus(node, cluster.workers, NOMINAL_FLOPS * node.cpus)
+
+
+def _of_one_run(recipe: Recipe, fleet: Fleet) -> Fleet:
+    """The GPUs that train together: all of them, or for a sweep those of one trial."""
+    if recipe.tune is None or fleet.gpu.is_cpu:
+        return fleet
+    per_node = min(recipe.cluster.workers, fleet.gpus_per_node)
+    return replace(fleet, nodes=-(-recipe.cluster.workers // per_node), gpus_per_node=per_node)
 
 
 def _cpus(recipe: Recipe, on_gpu: bool) -> float:
@@ -136,7 +151,8 @@ def _pods(recipe: Recipe, fleet: Fleet, plan: Plan) -> tuple[int, PodSize]:
     workers = fleet.gpus_per_node if on_gpu else 1
     shm = shared_memory_gib(fleet.gpus_per_node if on_gpu else 0, 0 if on_gpu else workers)
     each = _host_bytes(plan) if on_gpu else plan.prediction.total
-    needed = SLACK * (workers * each + _whole_model(plan)) / GIB + shm
+    runs = max(1, workers // plan.prediction.workers)  # in one pod, each of which has an artifact
+    needed = SLACK * (workers * each + runs * _whole_model(plan)) / GIB + shm
     asked = (recipe.cluster.memory_gib_per_worker or 0.0) * workers
     cpus = _cpus(recipe, on_gpu) * workers
     memory = math.ceil(max(needed, asked))
@@ -155,14 +171,13 @@ def _whole_model(plan: Plan) -> float:
     return plan.prediction.parameters * item
 
 
-def _settled(recipe: Recipe, fleet: Fleet, nodes: int, size: PodSize) -> list[str]:
+def _settled(recipe: Recipe, fleet: Fleet, size: PodSize) -> list[str]:
     """What the run would otherwise read from the cluster it is on, the head included."""
     cluster, on_gpu = recipe.cluster, not fleet.gpu.is_cpu
-    workers = fleet.gpus if on_gpu else cluster.workers
     found = [
-        f"cluster.workers={workers}",
+        f"cluster.workers={fleet.gpus if on_gpu and recipe.tune is None else cluster.workers}",
         f"cluster.gpus_per_worker={int(on_gpu)}",
-        f"cluster.cpus_per_worker={size.cpus * nodes / workers if on_gpu else size.cpus:g}",
+        f"cluster.cpus_per_worker={size.cpus / (size.gpus or 1):g}",
     ]
     return [*found, "cluster.address=auto"] if cluster.address else found
 

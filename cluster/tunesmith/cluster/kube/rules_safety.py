@@ -33,11 +33,11 @@ VOLUMES = (
     "secret",
 )
 SECRET_NAME = re.compile(
-    r"(?i)(^|_)(token|password|passwd|secret|credentials?|api_?key|access_?key|private_?key)(_|$)(?!path|file|mode|name)"
+    r"(?i)(^|_)(token|password|passwd|secret|credentials?|api_?key|access_?key|private_?key)(_|$)(?!path|file|mode|name|id$|type)"
 )
 SECRET_VALUE = re.compile(
     r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY"
-    r"|eyJ[A-Za-z0-9_-]{20,}\.eyJ|(?i:(?:token|password|secret|api_?key)\s*[:=]\s*['\"]?[A-Za-z0-9/+_-]{16,})"
+    r"|eyJ[A-Za-z0-9_-]{20,}\.eyJ|(?i:(?:token|password|secret|api_?key)\s*[:=]\s*['\"]?(?=\S*\d)(?=\S*[a-z])[a-z0-9/+_-]{20,})"
 )
 GPU = re.compile(r"(nvidia|amd|gpu\.intel)\.com/(gpu|mig-.+|i915)")
 CLUSTER_WIDE = ("Namespace", "ClusterQueue", "ResourceFlavor", "WorkloadPriorityClass", "Topology", "PriorityClass")
