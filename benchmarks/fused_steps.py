@@ -68,7 +68,8 @@ def main() -> None:
     setting = (
         f"a Llama of {LAYERS} layers and {workload.MODEL['hidden_size']} wide with {workload.VOCABULARY:,} words, fp32; LoRA of "
         f"ranks 4, 8 and 16; {chosen.threads} thread{'s' if chosen.threads > 1 else ''}; seconds of {chosen.steps} optimizer "
-        "steps of every trial; frozen activations are kept from epoch to epoch, and the epoch that is timed is not the first"
+        "steps of every trial; frozen activations are kept from epoch to epoch, and the epoch that is timed is not the first; memory beside "
+        "a base 1536 wide"
     )
     save("fused_steps", setting, {"losses": "equal to 1e-5 for every trial and step before timing"}, lines)
 
