@@ -148,6 +148,48 @@ def test_a_damaged_checkpoint_is_named_to_the_user_and_the_run_is_the_unbroken_o
     assert_the_same_run(run, unbroken)
 
 
+def test_sigterm_to_one_worker_has_all_of_them_save_the_same_step(
+    bench: Bench, unbroken: Path, start: Callable[..., Command]
+):
+    run, recipe = bench.run("told"), bench.recipe("told")
+    command = start(recipe)
+    command.wait_for_step(run, 4)
+    pid, reached = small_runs.worker_pid(run, 1), small_runs.last_step(run)
+    os.kill(pid, signal.SIGTERM)
+    code, out, said = command.finish()
+    assert (code, out) == (75, ""), said
+    assert f"because rank 1 (process {pid} on " in said
+    assert newest_checkpoint(run) == small_runs.last_step(run) >= reached, "no step that was done is lost"
+    code, _, said = start(recipe).finish()
+    assert code == 0, said
+    assert_the_same_run(run, unbroken)
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.matrix)])
+def test_a_worker_that_is_stopped_is_noticed_named_and_replaced(
+    bench: Bench, unbroken: Path, start: Callable[..., Command], rank: int
+):
+    run, stall_s = bench.run(f"hung-{rank}"), 4.0
+    command = start(bench.recipe(f"hung-{rank}"), "--set", f"cluster.stall_s={stall_s}")
+    command.wait_for_step(run, 4)
+    pid, attempt = small_runs.worker_pid(run, rank), RunFolder(run).current_attempt()
+    os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    command.wait_until(lambda: RunFolder(run).abort_file(attempt).exists(), "the hang to be noticed")
+    assert stall_s <= time.monotonic() - began + 1 < 2 * stall_s + 1
+    code, _, said = command.finish()
+    assert code == 0, said
+    assert f"warning: attempt {attempt} hangs: rank {rank} (process {pid} on " in said
+    assert f"rank {1 - rank} waits in all_reduce" in said
+    log = (run / "log.txt").read_text()
+    assert "=== the attempt hangs" in log
+    assert f"rank {1 - rank} (process" in log
+    assert "is ended because the attempt hangs; its threads" in log
+    assert log.count("loop.py") > 1, "both ranks' stacks"
+    assert not small_runs.is_alive(pid)
+    assert_the_same_run(run, unbroken)
+
+
 def test_sigint_saves_too_and_exits_130(bench: Bench, start: Callable[..., Command]):
     run = bench.run("interrupted")
     command = start(bench.recipe("interrupted"))

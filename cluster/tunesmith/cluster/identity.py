@@ -18,6 +18,8 @@ FREE = (
     "train.save_total_limit",
     "cluster.address",
     "cluster.timeout_s",
+    "cluster.stall_s",
+    "cluster.wait_s",
     "cluster.cpus_per_worker",
     "cluster.memory_gib_per_worker",
     "eval.parity_rows",

@@ -181,10 +181,24 @@ class RunFolder:
         if current != attempt:
             raise FencedError(f"run {self.name}: attempt {attempt} may not write, attempt {current} has taken over")
 
-    def request_stop(self) -> None:
-        """Asks the workers to save the same step and stop."""
+    def abort_file(self, attempt: int) -> Path:
+        """Present when an attempt hangs, and its workers are to end themselves."""
+        return self.root / "control" / f"abort-{attempt}"
+
+    def request_stop(self, why: str = "") -> None:
+        """Asks the workers to save the same step and stop; the first reason that is given stays."""
+        if self.stop_file.exists() and not why:
+            return
         self.stop_file.parent.mkdir(parents=True, exist_ok=True)
-        self.stop_file.touch()
+        with self.stop_file.open("a") as file:
+            file.write(f"{why}\n" if why else "")
+
+    def why_stopped(self) -> str:
+        """` because …`, for a message; empty when no reason was given."""
+        with contextlib.suppress(FileNotFoundError):
+            first = self.stop_file.read_text().partition("\n")[0]
+            return f" because {first}" if first else ""
+        return ""
 
     def stop_requested(self) -> bool:
         """Whether the workers are asked to save and stop."""

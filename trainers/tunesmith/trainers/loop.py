@@ -1,6 +1,6 @@
 """The training loop: one worker's life from the recipe to the artifact, read from top to bottom.
 
-Ray Train starts it, but it knows only `torch.distributed` and a `report` callable. Nothing here is state that could be
+Ray Train starts it, but it knows only `torch.distributed` and a callable that says that work goes on. Nothing here is state that could be
 derived: the batches, the learning rate and the dropout of a step follow from its number, so a run that resumes from the
 checkpoint of step N goes on bit for bit as the unbroken one would have.
 """
@@ -43,7 +43,8 @@ from tunesmith.trainers.receipts.mask import write_mask_receipt
 from tunesmith.trainers.receipts.plan import write_plan_receipt
 from tunesmith.trainers.schedule import Schedule, dropout_seed
 
-Report = Callable[[dict[str, Any]], None]
+Moved = Callable[[], None]
+"""Called whenever a batch is done, so that work can be told from a hang."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ class Progress:
 class Trainer:
     """One worker. `run` is the story; the other methods are its sentences."""
 
-    def __init__(self, job: TrainJob, report: Report) -> None:
-        self.job, self.report = job, report
+    def __init__(self, job: TrainJob, moved: Moved) -> None:
+        self.job, self.moved = job, moved
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -260,6 +261,7 @@ class Trainer:
             batch = self.micro_batch(plan, micro, max(1.0, labels))
             self.meter.saw(batch)
             losses, is_finite = self.forward_backward(batch, index, micro, len(batch.input_ids) / tokens)
+            self.moved()
             totals[:2] += losses
             if not is_finite:
                 broken += batch.examples
@@ -348,7 +350,7 @@ class Trainer:
         Raises:
             NonFiniteError: it is NaN or infinite.
         """
-        loss = held_out.loss(self.engine, self.device)
+        loss = held_out.loss(self.engine, self.device, self.moved)
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"the held-out loss after step {self.progress.step} is {loss}, although every step was finite",
@@ -372,22 +374,21 @@ class Trainer:
         self.checkpoints.save(self.engine, self.progress.step, about, eval_loss)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Writes a line of metrics and reports it."""
+        """Writes a line of metrics."""
         if self.rank == 0:
             self.metrics.append(record)
             for log in self.logs:
                 log.write(record["step"], numbers(record))
-        self.report(record)
 
 
-def train(job: TrainJob, report: Report) -> Outcome:
+def train(job: TrainJob, moved: Moved) -> Outcome:
     """Runs one worker's part of a job; `torch.distributed` is initialised.
 
     Args:
         job: the same on every worker.
-        report: called with each step's metrics.
+        moved: called whenever a batch is done.
 
     Raises:
         TunesmithError: the run cannot go on.
     """
-    return Trainer(job, report).run()
+    return Trainer(job, moved).run()
