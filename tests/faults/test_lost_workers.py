@@ -190,6 +190,44 @@ def test_a_worker_that_is_stopped_is_noticed_named_and_replaced(
     assert_the_same_run(run, unbroken)
 
 
+def test_storage_that_fails_for_a_while_makes_the_run_wait_and_breaks_nothing(
+    bench: Bench, unbroken: Path, start: Callable[..., Command]
+):
+    run, aside = bench.run("away"), bench.folder / "checkpoints-away"
+    command = start(bench.recipe("away"))
+    command.wait_for_step(run, 4)
+    checkpoints = run / "checkpoints"
+    checkpoints.rename(aside)
+    checkpoints.symlink_to(bench.folder / "nowhere")  # as a mount that is gone
+    warnings = RunFolder(run).warnings(1)
+    command.wait_until(lambda: warnings.exists() and "tried again in 2 s" in warnings.read_text(), "a second try")
+    checkpoints.unlink()
+    aside.rename(checkpoints)
+    code, _, said = command.finish()
+    assert code == 0, said
+    assert said.count("warning: storage fails: ") >= 2, said
+    assert RunFolder(run).current_attempt() == 1
+    assert_the_same_run(run, unbroken)
+
+
+@pytest.mark.matrix
+def test_storage_that_does_not_come_back_ends_the_run_with_what_was_saved(bench: Bench, start: Callable[..., Command]):
+    run, aside = bench.run("gone"), bench.folder / "checkpoints-gone"
+    command = start(bench.recipe("gone", save_patience_s=2))
+    command.wait_for_step(run, 4)
+    (run / "checkpoints").rename(aside)
+    (run / "checkpoints").symlink_to(bench.folder / "nowhere")
+    code, out, said = command.finish()
+    assert (code, out) == (1, ""), said
+    assert f"{run / 'checkpoints'}" in said
+    assert "Traceback" not in said
+    (run / "checkpoints").unlink()
+    aside.rename(run / "checkpoints")
+    code, _, said = start(bench.recipe("gone", save_patience_s=2)).finish()
+    assert code == 0, said
+    assert "goes on from step" in said
+
+
 def test_sigint_saves_too_and_exits_130(bench: Bench, start: Callable[..., Command]):
     run = bench.run("interrupted")
     command = start(bench.recipe("interrupted"))

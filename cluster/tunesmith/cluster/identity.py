@@ -16,6 +16,7 @@ FREE = (
     "train.max_failures",
     "train.save_steps",
     "train.save_total_limit",
+    "train.save_patience_s",
     "cluster.address",
     "cluster.timeout_s",
     "cluster.stall_s",

@@ -201,8 +201,10 @@ class RunFolder:
         return ""
 
     def stop_requested(self) -> bool:
-        """Whether the workers are asked to save and stop."""
-        return self.stop_file.exists()
+        """Whether the workers are asked to save and stop; storage that fails asks nothing."""
+        with contextlib.suppress(OSError):
+            return self.stop_file.exists()
+        return False
 
     def clear_stop(self) -> None:
         """Takes the request back."""

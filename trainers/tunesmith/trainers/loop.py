@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from tunesmith.cluster.errors import ChangedError, NonFiniteError
 from tunesmith.cluster.metrics import MetricsLog, read_metrics
+from tunesmith.cluster.patience import patiently
 from tunesmith.cluster.recipe.load import recipe_hash, unread_error
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.runs import RunFolder
@@ -154,6 +155,7 @@ class Trainer:
             self.job.attempt,
             self.run_folder,
             train.save_total_limit,
+            train.save_patience_s,
         )
         self.parity_rows, self.save_steps = recipe.eval.parity_rows, train.save_steps
         require_installed(recipe.output.report_to)
@@ -376,7 +378,7 @@ class Trainer:
     def log(self, record: dict[str, Any]) -> None:
         """Writes a line of metrics."""
         if self.rank == 0:
-            self.metrics.append(record)
+            patiently(lambda: self.metrics.append(record), self.checkpoints.patience_s, self.checkpoints.tell)
             for log in self.logs:
                 log.write(record["step"], numbers(record))
 

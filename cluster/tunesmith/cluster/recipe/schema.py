@@ -225,6 +225,9 @@ class Train(Section):
     """Optimizer steps between checkpoints: the most that a crash can cost. Always also at the last step."""
     save_total_limit: PositiveInt = 2
     """Newest checkpoints kept; the best one is kept besides."""
+    save_patience_s: Annotated[float, Field(ge=0)] = 120.0
+    """Seconds that a write is tried again, at growing intervals, while storage is full or fails; then the run ends with what
+    was saved before."""
     early_stopping: EarlyStopping | None = None
     """Stops when the held-out loss no longer improves."""
     load_best_model_at_end: bool | None = None
