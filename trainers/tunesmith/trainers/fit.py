@@ -64,7 +64,7 @@ def fit(
             "timeout_s": timeout_s,
             "stall_s": stall_s,
         },
-        backend_config=Rendezvous(str(folder.root)),
+        backend_config=Rendezvous(str(folder.root), attempt),
         scaling_config=ScalingConfig(
             num_workers=need.workers, use_gpu=need.gpus > 0, resources_per_worker=need.ray_resources()
         ),

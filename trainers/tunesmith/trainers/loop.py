@@ -270,7 +270,7 @@ class Trainer:
             if micro < self.accumulation - 1:
                 self.engine.step()  # counts the micro-batch; the update comes at the boundary
         totals[2] = bool(broken)
-        totals[3] = self.rank == 0 and self.run_folder.stop_requested()
+        totals[3] = self.rank == 0 and self.run_folder.stop_requested(self.job.attempt)
         totals = self.sum_over_workers(totals)
         if totals[2]:
             raise self.non_finite(index, broken)

@@ -26,9 +26,12 @@ class Rendezvous(BackendConfig):
 
     Attributes:
         run: the run's folder; a worker that is told to end (SIGTERM) asks all of them to save and stop.
+        attempt: this attempt's number. Ray sends SIGTERM too, to those that are left when a worker is lost: what they ask for
+            does not concern the next attempt.
     """
 
     run: str = ""
+    attempt: int = 0
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -43,7 +46,7 @@ class _RendezvousBackend(Backend):
         assert isinstance(backend_config, Rendezvous)
         address, port = worker_group.execute_single(0, _address_and_free_port)
         worker_group.execute(_set_environment, address, port)
-        worker_group.execute(_save_when_terminated, backend_config.run)
+        worker_group.execute(_save_when_terminated, backend_config.run, backend_config.attempt)
 
 
 def _address_and_free_port() -> tuple[str, int]:
@@ -66,7 +69,8 @@ def _set_environment(address: str, port: int) -> None:
     os.environ["RAY_NODE_ID"] = ray.get_runtime_context().get_node_id()
 
 
-def _save_when_terminated(run: str) -> None:
+def _save_when_terminated(run: str, attempt: int) -> None:
     """Runs in the worker's main thread, which alone may handle signals; training has a thread of its own."""
     who = f"rank {get_context().get_world_rank()} (process {os.getpid()} on {socket.gethostname()})"
-    signal.signal(signal.SIGTERM, lambda *_: RunFolder(Path(run)).request_stop(f"{who} was told to end (SIGTERM)"))
+    folder = RunFolder(Path(run))
+    signal.signal(signal.SIGTERM, lambda *_: folder.request_stop_of(attempt, f"{who} was told to end (SIGTERM)"))

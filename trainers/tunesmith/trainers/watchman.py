@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import time
 
@@ -36,7 +37,12 @@ class Watchman:
     def look(self, on_event: Listener) -> None:
         """Gives the attempt up when it hangs, and has it save when a machine of it is drained."""
         now = time.monotonic()
-        if self.stall is not None or now < self._due:
+        if now < self._due:
+            return
+        if self.stall is not None:
+            self._due = math.inf
+            for rank in self.stall.odd:
+                _kill(self.stall.beats[rank])
             return
         self._due = now + self._every
         beats = self._beats()
@@ -46,6 +52,7 @@ class Watchman:
                 Warned(f"attempt {self.attempt} hangs: {self.stall.what}; all stacks are in {log_file(self.folder)}")
             )
             self._give_up(self.stall)
+            self._due = now + 3 * self._every  # those who still can write down their stacks and end themselves
         elif not self.is_local:
             self._look_for_drains(beats, on_event)
 
@@ -56,9 +63,7 @@ class Watchman:
     def _give_up(self, stall: Stall) -> None:
         with log_file(self.folder).open("a") as log:
             log.write(stall.report())
-        self.folder.abort_file(self.attempt).touch()  # those who can end themselves
-        for rank in stall.odd:
-            _kill(stall.beats[rank])  # Ray ends the others with the first that is gone
+        self.folder.abort_file(self.attempt).touch()
 
     def _look_for_drains(self, beats: dict[int, Beat], on_event: Listener) -> None:
         draining = draining_nodes()
@@ -69,7 +74,7 @@ class Watchman:
                 within = f" within {deadline - time.time():.0f} s" if deadline is not None else ""
                 why = f"the machine {beat.host} of rank {rank} is to be taken away{within}"
                 on_event(Warned(f"{why}: the workers save after this step"))
-                self.folder.request_stop(why)
+                self.folder.request_stop_of(self.attempt, why)
 
 
 def _kill(beat: Beat) -> None:

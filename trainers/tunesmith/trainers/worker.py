@@ -51,7 +51,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         outcome = _train(settings, heartbeat.moved)
         if not outcome.finished:
             raise StoppedError(
-                f"run {run.name} was stopped{run.why_stopped()}: all workers have saved step {outcome.step}",
+                f"run {run.name} was stopped{run.why_stopped(settings['attempt'])}: all workers have saved step {outcome.step}",
                 "The same command goes on from there.",
             )
     except BaseException as error:
