@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -208,6 +209,22 @@ def test_storage_that_fails_for_a_while_makes_the_run_wait_and_breaks_nothing(
     assert said.count("warning: storage fails: ") >= 2, said
     assert RunFolder(run).current_attempt() == 1
     assert_the_same_run(run, unbroken)
+
+
+@pytest.mark.matrix
+def test_a_worker_that_is_slower_than_the_others_is_named(bench: Bench, start: Callable[..., Command]):
+    run = bench.run("slow")
+    command = start(bench.recipe("slow", epochs=8))
+    command.wait_for_step(run, 2)
+    pid = small_runs.worker_pid(run, 1)
+    while command.process.poll() is None and small_runs.is_alive(pid):
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.03)
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.01)
+    code, _, said = command.finish()
+    assert code == 0, said
+    assert re.search(r"warning: rank 1 takes \d\.\d times as long for a token", said), said
 
 
 @pytest.mark.matrix

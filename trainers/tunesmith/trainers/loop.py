@@ -37,6 +37,7 @@ from tunesmith.trainers.memory.measure import StepMeter
 from tunesmith.trainers.memory.probe import probe
 from tunesmith.trainers.models import BaseRef, load_tokenizer
 from tunesmith.trainers.objectives import OBJECTIVES
+from tunesmith.trainers.pace import Pace, Paces
 from tunesmith.trainers.packing import BatchPlan, StepPlan
 from tunesmith.trainers.policy import score
 from tunesmith.trainers.ranks import gather, on_first
@@ -45,7 +46,6 @@ from tunesmith.trainers.receipts.plan import write_plan_receipt
 from tunesmith.trainers.schedule import Schedule, dropout_seed
 
 Moved = Callable[[], None]
-"""Called whenever a batch is done, so that work can be told from a hang."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ class Trainer:
         self.engine: Any = build_engine(recipe, self.job.base, self.device)
         self.watch = None if self.engine.fp16_enabled() else GradientWatch(self.engine.module)
         self.meter = StepMeter(self.engine, self.device)
+        self.pace, self.paces = Pace(self.device), Paces()
         self.checkpoints = CheckpointStore(
             self.run_folder.checkpoints,
             self.rank,
@@ -257,7 +258,7 @@ class Trainer:
         rate = self.schedule.learning_rate(index)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        totals = torch.zeros(4, dtype=torch.float64)  # loss, router loss, broken gradients, asked to stop
+        totals = torch.zeros(4 + self.world, dtype=torch.float64)  # loss, router loss, broken, asked to stop, paces
         broken: list[int] = []
         for micro in range(self.accumulation):
             batch = self.micro_batch(plan, micro, max(1.0, labels))
@@ -271,7 +272,9 @@ class Trainer:
                 self.engine.step()  # counts the micro-batch; the update comes at the boundary
         totals[2] = bool(broken)
         totals[3] = self.rank == 0 and self.run_folder.stop_requested(self.job.attempt)
+        totals[4 + self.rank] = self.pace.take()
         totals = self.sum_over_workers(totals)
+        self.paces.note(totals[4:].tolist(), self.checkpoints.tell)
         if totals[2]:
             raise self.non_finite(index, broken)
         plain_norm = norm_before_step(self.engine)
@@ -307,7 +310,8 @@ class Trainer:
     def forward_backward(self, batch: Batch, index: int, micro: int, token_share: float) -> tuple[torch.Tensor, bool]:
         """Losses [2] of a micro-batch as shares of the step's loss, and whether they and their gradients are finite."""
         torch.manual_seed(dropout_seed(self.recipe.train.seed, index, micro, self.rank))
-        logps, aux_loss = score(self.engine, batch)
+        with self.pace.forward(len(batch.input_ids)):
+            logps, aux_loss = score(self.engine, batch)
         loss, _ = self.objective(logps, batch)
         router_loss = torch.zeros((), device=self.device)
         if aux_loss is not None and bool(batch.weights.any()):
@@ -388,7 +392,7 @@ def train(job: TrainJob, moved: Moved) -> Outcome:
 
     Args:
         job: the same on every worker.
-        moved: called whenever a batch is done.
+        moved: called whenever a batch is done, so that work can be told from a hang.
 
     Raises:
         TunesmithError: the run cannot go on.
