@@ -131,9 +131,9 @@ def _how(error: Exception) -> str:
     """What became of a worker that does not answer Ray any more."""
     if isinstance(error, WorkerHealthCheckTimeoutError):
         return "hangs"
-    if any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS):
-        return "was ended by Ray because its machine was about to run out of memory"
-    return "died"
+    lines = (line for line in str(error).splitlines() if any(sign in line for sign in OUT_OF_MEMORY_SIGNS))
+    out_of_memory = next(lines, "")
+    return f"was ended by Ray, its machine was out of memory: {out_of_memory.strip()}" if out_of_memory else "died"
 
 
 def _first_line(error: BaseException) -> str:
