@@ -102,8 +102,9 @@ def test_a_machine_that_is_drained_is_left_in_time(folder: Path, unbroken: Path,
     cluster.add_node()
     cluster.add_node()
     command = start("drained")
-    command.wait_for_step(run, 4)
-    beat = json.loads((run / "control" / "rank-1.json").read_text())
+    path = run / "control" / "rank-1.json"
+    command.wait_until(path.exists, "rank 1 to begin")
+    beat = json.loads(path.read_text())
     drain = [
         RAY, "drain-node", "--address", cluster.address, "--node-id", beat["node"], "--reason",
         "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "60",
