@@ -69,7 +69,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             try:
                 lines.append(json.loads(line))
             except ValueError as error:
-                raise StorageError(f"{path}:{number}: not a line of metrics: {error}") from error
+                raise StorageError(
+                    f"{path}:{number}: not a line of JSON: {error}",
+                    "Take the line out, or put the file back as it was.",
+                ) from error
     return lines
 
 

@@ -37,7 +37,6 @@ TRAIN_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a recipe mean the same in a worker
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print everything twice
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    "RAY_TRAIN_CONTROLLER_FAILURE_LIMIT": "0",  # it would try for ever to start workers that there is no room for
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver asks Ray itself which nodes are drained
 }
 """How Ray Train behaves in our runs. Ray hands them on to its controller and workers."""

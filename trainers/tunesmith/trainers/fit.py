@@ -71,7 +71,8 @@ def fit(
         run_config=RunConfig(
             name=f"{folder.name}-{attempt}",
             storage_path=str(scratch),
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+            # the last: it would try for ever to start workers that there is no room for
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
         ),
     )
     steps, warnings = MetricsTail(folder.metrics), MetricsTail(folder.warnings(attempt))

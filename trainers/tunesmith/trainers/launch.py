@@ -151,7 +151,7 @@ def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore, star
             f"{recipe.where('tune')}this recipe has a tune section: run `tunesmith sweep`, or take it out"
         )
     folder = run_folder(recipe)
-    _require_writable(folder.root)
+    require_writable(folder.root)
     base = resolve_base(recipe.model.base, recipe.model.revision, folder.root.parent)
     refuse_idle_keys(recipe, base)
     check_adaptation(recipe, base)
@@ -181,8 +181,8 @@ def run_folder(recipe: Recipe) -> RunFolder:
     return RunFolder(Path(recipe.output.dir).expanduser().absolute() / recipe.name)
 
 
-def _require_writable(root: Path) -> None:
-    """Tries it: permission bits say nothing to root, and nothing about what is mounted read-only."""
+def require_writable(root: Path) -> None:
+    """Raises OutputError unless a folder can be made there. Tries it: permission bits say nothing to root, and nothing about what is mounted read-only."""
     nearest = next(path for path in (root, *root.parents) if path.exists())
     if not nearest.is_dir():
         raise OutputError(f"{nearest} is a file, so runs cannot be written below it", "Set output.dir to a folder.")

@@ -88,9 +88,15 @@ class SharedWorkers(Trainers):
         _ = self._ready
 
     def _too_large(self, values: Values) -> str | None:
-        adaptation = recipe_of(self._recipe, values).adaptation
+        rank: int = recipe_of(self._recipe, values).adaptation.rank  # type: ignore[union-attr]
         narrowest = min(self._ready, key=lambda ready: ready.largest)
-        return narrowest.too_large if adaptation.rank > narrowest.largest else None  # type: ignore[union-attr]
+        if rank <= narrowest.largest:
+            return None
+        return (
+            narrowest.too_large
+            if narrowest.too_large.startswith(f"rank {rank}:")
+            else (f"rank {rank} is too large: even {narrowest.too_large}")
+        )
 
 
 @contextlib.contextmanager

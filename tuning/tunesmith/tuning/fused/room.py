@@ -84,7 +84,7 @@ def _room(recipe: Recipe, base: BaseRef, nodes: Sequence[Node], need: Need, aske
             if lanes == asked.seeds:
                 break
             lanes = max(asked.seeds, lanes // 2)
-        too_large = f"rank {rank}: {reason}"
+        too_large = f"rank {rank}: {reason}"  # of the smallest that does not fit, in the end
     raise ResourceError(f"no trial fits: {too_large}", "Search smaller ranks, or lower data.max_length.")
 
 

@@ -272,6 +272,8 @@ class Worker:
                     # without them
                     self.changed.wait_for(lambda: self.jobs or self._row_is_full(), self.patience_s)
                     work = self._at_work()
+                if not work:  # all were taken away meanwhile
+                    continue
                 self._tick(sorted(work, key=_share_done)[: self.group.count])
         except BaseException as failure:  # noqa: BLE001 - handed to every caller
             with self.changed:
