@@ -129,7 +129,10 @@ def test_seeds_of_a_configuration_are_averaged(folder: Path, ray_session: RaySes
 def test_trials_with_workers_of_their_own_say_what_fused_ones_say(folder: Path, ray_session: RaySession) -> None:
     tune = {"searcher": "grid", "trials": None, "reports": 3, "space": {"train.learning_rate": {"grid": [1e-3, 1e-2]}}}
     for execution in ("fused", "isolated"):
-        sweep.run(loaded(sweep_recipe(folder, execution, execution=execution, **tune)))
+        recipe = sweep_recipe(folder, execution, execution=execution, **tune)
+        if execution == "isolated":
+            del recipe["cluster"]  # so that a trial's worker wants all the CPUs there are
+        sweep.run(loaded(recipe))
     fused, isolated = (results(folder, name)["trials"] for name in ("fused", "isolated"))
     for ours, theirs in zip(fused, isolated, strict=True):
         assert theirs["state"] == "finished"

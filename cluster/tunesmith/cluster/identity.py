@@ -16,8 +16,11 @@ FREE = (
     "train.max_failures",
     "train.save_steps",
     "train.save_total_limit",
+    "train.save_patience_s",
     "cluster.address",
     "cluster.timeout_s",
+    "cluster.stall_s",
+    "cluster.wait_s",
     "cluster.cpus_per_worker",
     "cluster.memory_gib_per_worker",
     "eval.parity_rows",
@@ -79,11 +82,13 @@ def changes(saved: Identity, now: Identity) -> list[tuple[str, str, str]]:
     return found
 
 
-def refuse_changes(saved: Identity, now: Identity, allow_change: bool, checkpoint_exists: bool = True) -> None:
+def refuse_changes(
+    saved: Identity, now: Identity, allow_change: bool | None = None, checkpoint_exists: bool = True
+) -> None:
     """Lets a run resume only as what it was.
 
     `allow_change` insists on going on with the changes, except those to how a checkpoint is sharded while
-    `checkpoint_exists`.
+    `checkpoint_exists`; None where nobody may insist.
 
     Raises:
         ChangedError: names every changed key and file with its old and new value.
@@ -101,7 +106,9 @@ def refuse_changes(saved: Identity, now: Identity, allow_change: bool, checkpoin
     elif found:
         raise ChangedError(
             f"run {name}: what it began with has changed:\n" + _listed(found),
-            "Put these back, start anew under another name, or insist with --allow-change.",
+            "Put these back, or start anew under another name."
+            if allow_change is None
+            else "Put these back, start anew under another name, or insist with --allow-change.",
         )
 
 

@@ -30,6 +30,7 @@ class MetricsLog:
         with explained(self.path, len(payload)):
             if not self._repaired:
                 self._cut_torn_line()
+            self._repaired = False  # until the line is whole: it may be tried again
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 left = memoryview(payload)
@@ -37,6 +38,7 @@ class MetricsLog:
                     left = left[os.write(descriptor, left) :]
             finally:
                 os.close(descriptor)
+            self._repaired = True
 
     def truncate_after(self, step: int) -> None:
         """Drops, in one atomic rewrite, the lines of steps beyond `step`: they are about to be repeated."""
@@ -67,7 +69,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             try:
                 lines.append(json.loads(line))
             except ValueError as error:
-                raise StorageError(f"{path}:{number}: not a line of metrics: {error}") from error
+                raise StorageError(
+                    f"{path}:{number}: not a line of JSON: {error}",
+                    "Take the line out, or put the file back as it was.",
+                ) from error
     return lines
 
 

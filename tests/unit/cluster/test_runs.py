@@ -54,12 +54,22 @@ def test_a_newer_attempt_fences_the_older(run: RunFolder) -> None:
 
 
 def test_a_request_to_stop_is_seen_until_it_is_taken_back(run: RunFolder) -> None:
-    assert not run.stop_requested()
+    assert not run.stop_requested(1)
     run.request_stop()
-    assert RunFolder(run.root).stop_requested()
+    assert RunFolder(run.root).stop_requested(1)
+    assert run.why_stopped(1) == ""
     run.clear_stop()
-    assert not run.stop_requested()
+    assert not run.stop_requested(1)
     run.clear_stop()
+
+
+def test_one_attempt_may_be_asked_to_stop_and_the_first_reason_stays(run: RunFolder) -> None:
+    run.request_stop()  # makes the folder, as the first beat of a worker does
+    run.clear_stop()
+    run.request_stop_of(2, "its machine is drained")
+    run.request_stop_of(2, "another reason")
+    assert run.why_stopped(2) == " because its machine is drained"
+    assert [run.stop_requested(attempt) for attempt in (1, 2, 3)] == [False, True, False]
 
 
 def test_a_folder_in_which_nothing_was_trained_is_discarded_with_the_parents_it_brought(tmp_path: Path) -> None:

@@ -79,6 +79,23 @@ def test_who_waits_for_a_trial_that_is_taken_away_is_told(folder: Path) -> None:
     run_workers(1, _taken_away, folder)
 
 
+def _none_left(folder: Path) -> None:
+    worker, written = begun(folder, threading.Event())
+    for key in "ab":
+        worker.open(key, written, str(folder / key), 1)
+    worker.patience_s = 2.0  # it waits so long for b before it computes a alone
+    waiting, _ = asked(worker, "a")
+    worker.close("a")
+    waiting.join(10)
+    time.sleep(worker.patience_s + 0.5)
+    worker.open("c", written, str(folder / "c"), 200)
+    assert worker.next("c")["step"] == 2, "a row for nobody is not computed"
+
+
+def test_when_the_last_trial_at_work_is_taken_away_the_worker_goes_on_with_others(folder: Path) -> None:
+    run_workers(1, _none_left, folder)
+
+
 def _out_of_memory(folder: Path) -> None:
     lost = threading.Event()
     worker, written = begun(folder, lost)

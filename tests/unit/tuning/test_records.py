@@ -137,3 +137,11 @@ def test_each_training_of_a_trial_has_its_own_folder(trial: TrialFolder):
     folders = {trial.run(segment, seed) for segment in range(2) for seed in range(2)}
     assert len(folders) == 4
     assert trial.run(1, 0) == trial.root / "run-1-0"
+
+
+def test_a_report_that_cannot_be_read_is_named_with_its_file(tmp_path: Path) -> None:
+    record = SweepFolder(tmp_path).trial(1)
+    record.root.mkdir(parents=True)
+    (record.root / "reports.jsonl").write_text('{"report": 1, "step": 3, "tokens": 5, "seconds": 0.1, "value": "x"}\n')
+    with pytest.raises(StorageError, match=r"reports\.jsonl: report 1 cannot be read"):
+        record.reports()

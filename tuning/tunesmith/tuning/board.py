@@ -50,10 +50,15 @@ class Line:
 
 
 class Board:
-    """Keeps what is known of all trials and shows it. Use as a context manager."""
+    """Keeps what is known of all trials and shows it. Use as a context manager.
 
-    def __init__(self, console: Console, tune: Tune, trials: int) -> None:
-        self.console, self.tune, self.trials = console, tune, trials
+    Args:
+        trials: how many there will be at most.
+        known: reports of each trial that are on record from before; they are not told again, only counted.
+    """
+
+    def __init__(self, console: Console, tune: Tune, trials: int, known: Mapping[int, int] | None = None) -> None:
+        self.console, self.tune, self.trials, self._known = console, tune, trials, known or {}
         self.lines: dict[int, Line] = {}
         self._live: Live | None = None
 
@@ -89,7 +94,7 @@ class Board:
         took = report.seconds - before.seconds
         line.rate = (report.tokens - before.tokens) / took if took > 0 else 0.0
         line.reports.append(report)
-        if self._live is None:
+        if self._live is None and report.report > self._known.get(number, 0):
             say(self.console, f"trial {number} · {self._facts(line)} · {spelled(line.values)}")
 
     def end(self, number: int, state: str, why: str = "") -> None:
@@ -98,7 +103,7 @@ class Board:
         if line.state == state:
             return
         line.state, line.why = state, why
-        if self._live is None:
+        if self._live is None and not (line.reports and len(line.reports) <= self._known.get(number, 0)):
             say(self.console, f"trial {number} {state}{f': {why}' if why else ''}")
 
     def best(self) -> Line | None:
@@ -158,10 +163,10 @@ class Board:
 
 
 def best_of(lines: list[Line], mode: str) -> Line | None:
-    """The line with the best value; of those that have gone furthest among equals."""
+    """The line with the best value, of equals the first; failed ones and values that are not finite do not count."""
     able = [line for line in lines if line.is_finite and line.state not in ("failed", "infeasible")]
     sign = 1 if mode == "min" else -1
-    return min(able, key=lambda line: (sign * line.value, -len(line.reports)), default=None)  # type: ignore[operator]
+    return min(able, key=lambda line: (sign * line.value, line.number), default=None)  # type: ignore[operator]
 
 
 def spelled(values: Mapping[str, Any]) -> str:

@@ -99,7 +99,10 @@ def best_so_far(results: dict[str, Any], drawn: Drawn, metric: Axis) -> str:
     )
     if not reports:
         return '<p class="nothing">No trial has reported yet.</p>'
-    across = Axis(high=max(results["seconds"], reports[-1][0]))
+    last = reports[-1][0]
+    across = Axis(
+        high=last if results["retrained"] else max(results["seconds"], last)
+    )  # retraining makes nothing better
     frame = _frame(axes.time_ticks(across.high), across, metric, "time since the start")
     marks = [frame, _baseline(results, metric)]
     for seconds, value, number, look in reports:

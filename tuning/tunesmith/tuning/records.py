@@ -110,9 +110,17 @@ class TrialFolder:
     def reports(self) -> list[Report]:
         """All reports, in order; of a number that was reported twice the later one. A value that was not finite is NaN."""
         lines = {line["report"]: line for line in read_metrics(self.root / "reports.jsonl")}
-        for line in lines.values():
-            line["value"] = math.nan if line["value"] is None else line["value"]
-        return [Report(**lines[number]) for number in sorted(lines)]
+        return [self._report(lines[number]) for number in sorted(lines)]
+
+    def _report(self, line: dict[str, Any]) -> Report:
+        try:
+            fields: dict[str, Any] = {**line, "value": math.nan if line["value"] is None else float(line["value"])}
+            return Report(**fields)
+        except (ValueError, TypeError, KeyError) as error:
+            raise StorageError(
+                f"{self.root / 'reports.jsonl'}: report {line.get('report')} cannot be read: {error}",
+                "Put the file back as it was, or take the sweep's folder away and start anew.",
+            ) from error
 
     def end(self, state: State, why: str = "") -> None:
         """Notes how it ended; a trial ends once."""

@@ -142,7 +142,11 @@ def _tally(results: dict[str, Any]) -> str:
         if state in states
     ]
     trials = f"{len(states)} {'trial' if len(states) == 1 else 'trials'}"
-    spent = f"{duration(results['seconds'])}, {compact(results['budget']['spent']['tokens'])} tokens"
+    tokens = f"{compact(results['budget']['spent']['tokens'])} tokens"
+    spent = f"{duration(results['seconds'])}, {tokens}"
+    if results["retrained"]:
+        searched = max(report["seconds"] for trial in results["trials"] for report in trial["reports"])
+        spent = f"{duration(searched)}, {tokens}; {duration(results['seconds'])} with the winner's retraining"
     return f"{trials}: {listed(counts)}; {spent}." if counts else f"No trials yet; {spent}."
 
 

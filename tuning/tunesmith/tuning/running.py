@@ -26,8 +26,9 @@ from tunesmith.tuning.space import Values, trials_of
 from tunesmith.tuning.sweep import Ground
 from tunesmith.tuning.trainers import Trainers
 
-TRIAL_CPUS = 0.01
-"""Of a trial's own actor, which only waits."""
+TRIAL = {"memory": 1.0}
+"""What a trial's own actor, which only waits, takes of a machine: something it must be, and a share of a CPU could be the one
+that is missing when the trial's workers want all of them. In bytes."""
 PAUSING = ("pbt", "hyperband")
 """Schedulers that need all their trials begun, so that they can pause some."""
 POLL_S = 0.2
@@ -48,9 +49,7 @@ def search(ground: Ground, who: Trainers, began: float, board: Board, signals: S
     journaled = Journaled(tune, folder, who.why_not, board.refuse)
     limit = None if tune.scheduler in PAUSING else tune.concurrent or who.concurrent
     tuner = Tuner(
-        ray_tune.with_resources(
-            ray_tune.with_parameters(LogicalTrial, sweep=sweep), PlacementGroupFactory([{"CPU": TRIAL_CPUS}])
-        ),
+        ray_tune.with_resources(ray_tune.with_parameters(LogicalTrial, sweep=sweep), PlacementGroupFactory([TRIAL])),
         tune_config=TuneConfig(
             search_alg=journaled,
             scheduler=scheduler(tune),
@@ -198,6 +197,7 @@ def _settings() -> Iterator[None]:
         "TUNE_GLOBAL_CHECKPOINT_S": "3600",
         "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+        "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of reports that nobody waits for any more, when the budget is spent
     }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)

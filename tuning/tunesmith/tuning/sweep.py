@@ -32,7 +32,7 @@ from tunesmith.trainers import zero
 from tunesmith.trainers.data.build import look_at
 from tunesmith.trainers.data.prepare import Prepared, effective_max_length, prepare
 from tunesmith.trainers.idle_keys import refuse_idle_keys
-from tunesmith.trainers.launch import run_folder
+from tunesmith.trainers.launch import require_writable, run_folder
 from tunesmith.trainers.models import check_adaptation, resolve_base
 from tunesmith.trainers.stopping import StopSignals
 from tunesmith.tuning import space
@@ -80,6 +80,7 @@ def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore, star
     tune = space.check(recipe)
     plain = space.recipe_of(recipe, {})
     folder = SweepFolder(run_folder(plain).root)
+    require_writable(folder.root)
     base = resolve_base(plain.model.base, plain.model.revision, folder.root.parent)
     refuse_idle_keys(plain, base)
     check_adaptation(plain, base)
@@ -130,9 +131,10 @@ def run(recipe: Recipe, on_event: Listener = ignore, console: Console | None = N
         _remember(ground)
         if (answered := _answered(ground, on_event)) is not None:
             return answered
-        trials_before = len(folder.trials())
-        if trials_before:
-            on_event(Note(f"going on with {recipe.name}: {trials_before} trials are on record"))
+        known = {trial.number: len(trial.reports()) for trial in folder.trials()}
+        if known:
+            count = sum(known.values())
+            on_event(Note(f"going on with {recipe.name}: {len(known)} trials with {count} reports are on record"))
         require_resources(ground.need, session.nodes())
         from tunesmith.tuning.trainers import trainers  # only now: what it imports takes seconds
 
@@ -142,7 +144,7 @@ def run(recipe: Recipe, on_event: Listener = ignore, console: Console | None = N
 
             ended = False
             try:
-                with Board(console, ground.tune, space.trials_of(ground.tune)) as board:
+                with Board(console, ground.tune, space.trials_of(ground.tune), known) as board:
                     search(ground, who, began, board, signals)
                 ended = signals.received is None
             finally:
@@ -174,7 +176,7 @@ def _remember(ground: Ground) -> None:
     now["tune"] = {key: value for key, value in now["tune"].items() if key not in FREE}
     identity = Identity(recipe=now, data=ground.prepared.files, base=ground.base.digest)
     if ground.folder.identity.exists():
-        refuse_changes(Identity.load(ground.folder.identity), identity, allow_change=False)
+        refuse_changes(Identity.load(ground.folder.identity), identity)
     else:
         identity.save(ground.folder.identity)
 

@@ -88,8 +88,15 @@ class SharedWorkers(Trainers):
         _ = self._ready
 
     def _too_large(self, values: Values) -> str | None:
-        adaptation = recipe_of(self._recipe, values).adaptation
-        return self._ready[0].too_large if adaptation.rank > self._ready[0].largest else None  # type: ignore[union-attr]
+        rank: int = recipe_of(self._recipe, values).adaptation.rank  # type: ignore[union-attr]
+        narrowest = min(self._ready, key=lambda ready: ready.largest)
+        if rank <= narrowest.largest:
+            return None
+        return (
+            narrowest.too_large
+            if narrowest.too_large.startswith(f"rank {rank}:")
+            else (f"rank {rank} is too large: even {narrowest.too_large}")
+        )
 
 
 @contextlib.contextmanager
