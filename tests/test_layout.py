@@ -22,6 +22,7 @@ COMMAND_GROUPS = ("tunesmith.serving", "tunesmith.serving.commands")  # names an
 HOMES = {
     "deepspeed": {"engine", "checkpoint_files", "export"},
     "ray": {
+        *("jobs.client", "jobs.desk", "jobs.driver", "local_node"),
         *("fit", "lean", "rendezvous", "service"),
         *("fused.seats", "fused.training", "isolated", "logical", "running", "scheduling", "search", "trainers"),
     },

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from tunesmith.cluster import job_commands
 from tunesmith.serving import commands
 
 app = typer.Typer(
@@ -239,6 +240,11 @@ def quickstart(
         print_json(summary)
 
 
+for command in (
+    *(job_commands.submit, job_commands.jobs, job_commands.describe, job_commands.logs, job_commands.stop),
+    *(job_commands.artifacts, job_commands.up, job_commands.down, job_commands.status),
+):
+    app.command()(command)
 app.command()(commands.serve)
 app.command()(commands.chat)
 app.command()(commands.certify)

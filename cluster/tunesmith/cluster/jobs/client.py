@@ -1,0 +1,221 @@
+"""Jobs from outside: everything goes through Ray's jobs API, with the cluster's token, from wherever its port can be reached."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import aiohttp
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from tunesmith.cluster.errors import ChangedError, ResourceError, UsageError
+from tunesmith.cluster.jobs.spec import METADATA_KEY, STOP_GRACE_S, JobSpec, job_id, prefix
+from tunesmith.cluster.jobs.states import Seen, state_of
+from tunesmith.cluster.local import token_for
+from tunesmith.cluster.runstore import JobRecord, RunStore
+
+ENTRYPOINT = "exec python -m tunesmith.cluster.jobs.driver"
+PATIENCE_S = 180.0
+"""How long a head may be away, because it is being restarted, before a submission gives up."""
+RETRY_S = 1.0
+
+
+class Cluster:
+    """A Ray cluster's jobs."""
+
+    def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
+        """
+        Args:
+            address: of the dashboard, as in http://127.0.0.1:8265.
+            patience_s: how long to try while nothing answers.
+
+        Raises:
+            ResourceError: nothing answers there, or the token is not taken.
+        """
+        self.address = address if "://" in address else f"http://{address}"
+        self._patience_s = patience_s
+        logging.getLogger("ray").setLevel(logging.ERROR)  # it says when a log has ended
+        token = token_for(self.address)
+        headers = {"Authorization": f"Bearer {token}"} if token else None
+        self._client = self._patiently(lambda: JobSubmissionClient(self.address, headers=headers))
+
+    def submit(
+        self, spec: JobSpec, store: RunStore, runtime_env: dict[str, Any], grace_s: int = STOP_GRACE_S
+    ) -> JobRecord:
+        """Submits a job, or returns the one that its idempotency key already stands for.
+
+        A key stands for a job that has not ended, or that has succeeded. After any other end it is free for the next one,
+        which goes on with the same run. Ray refuses a second job of one name, so of many that submit at once one wins, and
+        trying again after an answer was lost does no harm.
+
+        Raises:
+            ChangedError: the key stands for a job with another recipe.
+            ResourceError: the cluster does not answer.
+        """
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            known = self._latest(spec.record, store)
+            if known is not None:
+                if known.recipe != spec.record.recipe:
+                    raise ChangedError(
+                        f"job {known.id} of the same key is {known.state} with another recipe",
+                        "Stop it first, give the run another name, or submit with another --key.",
+                    )
+                return known
+            number = self._next_number(spec.record, store)
+            record = spec.record.model_copy(
+                update={
+                    "id": job_id(spec.record.run, spec.record.key, number),
+                    "number": number,
+                    "cluster": self.address,
+                }
+            )
+            whole = spec.model_copy(update={"record": record})
+            try:
+                self._client.submit_job(
+                    entrypoint=ENTRYPOINT,
+                    submission_id=record.id,
+                    metadata={METADATA_KEY: whole.model_dump_json()},
+                    runtime_env=_with_grace(runtime_env, grace_s),
+                )
+            except (RuntimeError, requests.RequestException) as error:
+                if "already exists" not in str(error) and time.monotonic() > deadline:
+                    raise self._unreachable(error) from error
+                time.sleep(RETRY_S)  # another one was faster, or the head is away: what it knows then decides
+                continue
+            return store.add(record, f"submitted to {self.address} by {record.user}")
+
+    def seen(self) -> dict[str, Seen]:
+        """What Ray says of every job of ours, by its id."""
+        details = self._patiently(self._client.list_jobs)
+        alive = self._live_nodes()
+        return {one.submission_id: _seen(one, alive) for one in details if one.submission_id and _spec(one)}
+
+    def records(self) -> dict[str, JobRecord]:
+        """What was submitted, by id."""
+        found = [_spec(one) for one in self._patiently(self._client.list_jobs)]
+        return {spec.record.id: spec.record for spec in found if spec}
+
+    def stop(self, id: str) -> None:
+        """Asks a job to save and stop; Ray ends it when its grace is over."""
+        self._patiently(lambda: self._client.stop_job(id))
+
+    def log(self, id: str) -> str:
+        """All that a job has printed, from the node of its driver."""
+        return self._client.get_job_logs(id)
+
+    def follow(self, id: str) -> Iterator[str]:
+        """What a job prints, until it ends. A connection that breaks is made again, and nothing is said twice."""
+        said, deadline = 0, time.monotonic() + self._patience_s
+        while True:
+            sent = 0
+            try:
+                for text in _drain(self._client.tail_job_logs(id)):
+                    deadline = time.monotonic() + self._patience_s
+                    sent += len(text)
+                    if sent > said:
+                        yield text[len(text) - (sent - said) :]
+                        said = sent
+                if self._client.get_job_status(id).is_terminal():
+                    whole = self._client.get_job_logs(id)
+                    yield whole[said:]
+                    return
+            except (RuntimeError, aiohttp.ClientError, requests.RequestException) as broken:
+                if time.monotonic() > deadline:
+                    raise self._unreachable(broken) from broken
+            time.sleep(RETRY_S)
+
+    def _latest(self, record: JobRecord, store: RunStore) -> JobRecord | None:
+        """The job that the key stands for, if any."""
+        seen, records = self.seen(), self.records()
+        ids = [id for id in records if id.startswith(prefix(record.run, record.key))]
+        if not ids:
+            return None
+        last = max((records[id] for id in ids), key=lambda one: one.number)
+        state, why = state_of(store.job(last.id) or last, seen[last.id], time.time())
+        now = last.model_copy(update={"state": state, "why": why})
+        return None if state in ("failed", "stopped", "lost") else now
+
+    def _next_number(self, record: JobRecord, store: RunStore) -> int:
+        """One more than any that the cluster or this machine remembers."""
+        start = prefix(record.run, record.key)
+        known = [*self.records().values(), *store.jobs()]
+        return 1 + max((one.number for one in known if one.id.startswith(start)), default=0)
+
+    def _live_nodes(self) -> set[str]:
+        answer = self._client._do_request("GET", "/nodes?view=summary")
+        answer.raise_for_status()
+        return {
+            node["raylet"]["nodeId"]
+            for node in answer.json()["data"]["summary"]
+            if node["raylet"].get("state") == "ALIVE"
+        }
+
+    def _patiently(self, call: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            try:
+                return call()
+            except (ConnectionError, requests.RequestException, RuntimeError, AuthenticationError) as error:
+                if "does not exist" in str(error):
+                    raise UsageError(
+                        f"the cluster at {self.address} knows no such job", "`tunesmith jobs` lists them."
+                    ) from error
+                if time.monotonic() > deadline or _refused(error):
+                    raise self._unreachable(error) from error
+                time.sleep(RETRY_S)
+
+    def _unreachable(self, error: BaseException) -> ResourceError:
+        what = str(error).strip().partition("\n")[0]
+        if _refused(error):
+            return ResourceError(
+                f"the cluster at {self.address} does not take this token: {what}",
+                "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token.",
+            )
+        return ResourceError(
+            f"no cluster answers at {self.address}: {what}",
+            "Check the address (of the dashboard, as in http://127.0.0.1:8265), and whether its head is up.",
+        )
+
+
+def _refused(error: BaseException) -> bool:
+    return isinstance(error, AuthenticationError)
+
+
+def _with_grace(runtime_env: dict[str, Any], grace_s: int) -> dict[str, Any]:
+    variables = {
+        **runtime_env.get("env_vars", {}),
+        "RAY_JOB_STOP_SIGNAL": "SIGTERM",
+        "RAY_JOB_STOP_WAIT_TIME_S": str(grace_s),
+    }
+    return {**runtime_env, "env_vars": variables}
+
+
+def _spec(details: JobDetails) -> JobSpec | None:
+    written = (details.metadata or {}).get(METADATA_KEY)
+    return JobSpec.model_validate_json(written) if written else None
+
+
+def _seen(details: JobDetails, alive: set[str]) -> Seen:
+    ended = details.status.is_terminal()
+    driver_lost = details.status == JobStatus.RUNNING and details.driver_node_id not in alive
+    return Seen(str(details.status), details.message or "", details.driver_exit_code, ended, driver_lost)
+
+
+def _drain(lines: Any) -> Iterator[str]:
+    """An asynchronous iterator's items, one after the other."""
+    loop = asyncio.new_event_loop()
+    try:
+        while True:
+            try:
+                yield loop.run_until_complete(anext(lines))
+            except StopAsyncIteration:
+                return
+    finally:
+        loop.run_until_complete(lines.aclose())
+        loop.close()
