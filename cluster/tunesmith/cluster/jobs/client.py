@@ -23,6 +23,8 @@ ENTRYPOINT = "exec python -m tunesmith.cluster.jobs.driver"
 PATIENCE_S = 180.0
 """How long a head may be away, because it is being restarted, before a submission gives up."""
 RETRY_S = 1.0
+FREE_AFTER = ("failed", "stopped", "lost")
+"""Ends after which a key stands for the next job of its run."""
 
 
 class Cluster:
@@ -60,14 +62,14 @@ class Cluster:
         deadline = time.monotonic() + self._patience_s
         while True:
             known = self._latest(spec.record, store)
-            if known is not None:
+            if known is not None and known.state not in FREE_AFTER:
                 if known.recipe != spec.record.recipe:
                     raise ChangedError(
                         f"job {known.id} of the same key is {known.state} with another recipe",
                         "Stop it first, give the run another name, or submit with another --key.",
                     )
                 return known
-            number = self._next_number(spec.record, store)
+            number = 1 if known is None else known.number + 1
             record = spec.record.model_copy(
                 update={
                     "id": job_id(spec.record.run, spec.record.key, number),
@@ -90,16 +92,12 @@ class Cluster:
                 continue
             return store.add(record, f"submitted to {self.address} by {record.user}")
 
-    def seen(self) -> dict[str, Seen]:
-        """What Ray says of every job of ours, by its id."""
-        details = self._patiently(self._client.list_jobs)
-        alive = self._live_nodes()
-        return {one.submission_id: _seen(one, alive) for one in details if one.submission_id and _spec(one)}
-
-    def records(self) -> dict[str, JobRecord]:
-        """What was submitted, by id."""
-        found = [_spec(one) for one in self._patiently(self._client.list_jobs)]
-        return {spec.record.id: spec.record for spec in found if spec}
+    def look(self) -> tuple[dict[str, Seen], dict[str, JobRecord]]:
+        """What Ray says of every job of ours, and what was submitted, by id."""
+        found = [(one, spec) for one in self._patiently(self._client.list_jobs) if (spec := _spec(one))]
+        alive = self._patiently(self._live_nodes)
+        records = {spec.record.id: spec.record for _, spec in found}
+        return {spec.record.id: _seen(one, alive) for one, spec in found}, records
 
     def stop(self, id: str) -> None:
         """Asks a job to save and stop; Ray ends it when its grace is over."""
@@ -131,21 +129,19 @@ class Cluster:
             time.sleep(RETRY_S)
 
     def _latest(self, record: JobRecord, store: RunStore) -> JobRecord | None:
-        """The job that the key stands for, if any."""
-        seen, records = self.seen(), self.records()
-        ids = [id for id in records if id.startswith(prefix(record.run, record.key))]
-        if not ids:
-            return None
-        last = max((records[id] for id in ids), key=lambda one: one.number)
-        state, why = state_of(store.job(last.id) or last, seen[last.id], time.time())
-        now = last.model_copy(update={"state": state, "why": why})
-        return None if state in ("failed", "stopped", "lost") else now
+        """The newest job of the key, in its true state. One look at the cluster decides: between two, others submit.
 
-    def _next_number(self, record: JobRecord, store: RunStore) -> int:
-        """One more than any that the cluster or this machine remembers."""
+        The store is read first. What it knows was on the cluster before; if it is not there afterwards, the cluster has lost it.
+        """
         start = prefix(record.run, record.key)
-        known = [*self.records().values(), *store.jobs()]
-        return 1 + max((one.number for one in known if one.id.startswith(start)), default=0)
+        known = {one.id: one for one in store.jobs() if one.id.startswith(start)}
+        seen, records = self.look()
+        known = {id: one for id, one in records.items() if id.startswith(start)} | known
+        if not known:
+            return None
+        last = max(known.values(), key=lambda one: one.number)
+        state, why = state_of(last, seen.get(last.id), time.time())
+        return last.model_copy(update={"state": state, "why": why})
 
     def _live_nodes(self) -> set[str]:
         answer = self._client._do_request("GET", "/nodes?view=summary")

@@ -121,7 +121,7 @@ class View:
         self.seen, self.records = {}, {}
         try:
             self.cluster = Cluster(self.address, patience_s)
-            self.seen, self.records = self.cluster.seen(), self.cluster.records()
+            self.seen, self.records = self.cluster.look()
         except ResourceError as away:
             self.unreachable = away.what
 

@@ -38,7 +38,8 @@ def refuse_in_recipe(recipe: Mapping[str, Any]) -> None:
     """Raises UsageError when a value of the recipe looks like a secret; does not repeat it."""
     for key, value in _leaves(recipe):
         found = looks_like(value)
-        if found and not key.endswith("revision"):  # a commit is a run of hexadecimal digits
+        is_commit = key.endswith("revision") and re.fullmatch("[0-9a-f]{40}", value)
+        if found and not is_commit:
             raise UsageError(
                 f"{key}: looks like {found}; what is submitted is shown by Ray's dashboard and stays in logs",
                 "Leave it out, and name where the cluster finds it: --env NAME=env:NAME or --env NAME=file:/path.",
