@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import aiohttp
-import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -85,7 +82,7 @@ class Cluster:
                     metadata={METADATA_KEY: whole.model_dump_json()},
                     runtime_env=_with_grace(runtime_env, grace_s),
                 )
-            except (RuntimeError, requests.RequestException) as error:
+            except (OSError, RuntimeError) as error:
                 if "already exists" not in str(error) and time.monotonic() > deadline:
                     raise self._unreachable(error) from error
                 time.sleep(RETRY_S)  # another one was faster, or the head is away: what it knows then decides
@@ -108,24 +105,19 @@ class Cluster:
         return self._client.get_job_logs(id)
 
     def follow(self, id: str) -> Iterator[str]:
-        """What a job prints, until it ends. A connection that breaks is made again, and nothing is said twice."""
-        said, deadline = 0, time.monotonic() + self._patience_s
+        """What a job prints, until it ends. While its node does not answer it is asked again, and nothing is said twice.
+
+        The whole log is fetched each time: it holds what the driver says, a few kilobytes an hour. What workers print does not
+        come here.
+        """
+        said = 0
         while True:
-            sent = 0
-            try:
-                for text in _drain(self._client.tail_job_logs(id)):
-                    deadline = time.monotonic() + self._patience_s
-                    sent += len(text)
-                    if sent > said:
-                        yield text[len(text) - (sent - said) :]
-                        said = sent
-                if self._client.get_job_status(id).is_terminal():
-                    whole = self._client.get_job_logs(id)
-                    yield whole[said:]
-                    return
-            except (RuntimeError, aiohttp.ClientError, requests.RequestException) as broken:
-                if time.monotonic() > deadline:
-                    raise self._unreachable(broken) from broken
+            ended = self._patiently(lambda: self._client.get_job_status(id)).is_terminal()
+            whole = self._patiently(lambda: self.log(id))
+            yield whole[said:]
+            said = len(whole)
+            if ended:
+                return
             time.sleep(RETRY_S)
 
     def _latest(self, record: JobRecord, store: RunStore) -> JobRecord | None:
@@ -157,7 +149,7 @@ class Cluster:
         while True:
             try:
                 return call()
-            except (ConnectionError, requests.RequestException, RuntimeError, AuthenticationError) as error:
+            except (OSError, RuntimeError, AuthenticationError) as error:
                 if "does not exist" in str(error):
                     raise UsageError(
                         f"the cluster at {self.address} knows no such job", "`tunesmith jobs` lists them."
@@ -201,17 +193,3 @@ def _seen(details: JobDetails, alive: set[str]) -> Seen:
     ended = details.status.is_terminal()
     driver_lost = details.status == JobStatus.RUNNING and details.driver_node_id not in alive
     return Seen(str(details.status), details.message or "", details.driver_exit_code, ended, driver_lost)
-
-
-def _drain(lines: Any) -> Iterator[str]:
-    """An asynchronous iterator's items, one after the other."""
-    loop = asyncio.new_event_loop()
-    try:
-        while True:
-            try:
-                yield loop.run_until_complete(anext(lines))
-            except StopAsyncIteration:
-                return
-    finally:
-        loop.run_until_complete(lines.aclose())
-        loop.close()
