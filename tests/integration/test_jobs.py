@@ -105,8 +105,6 @@ def test_nothing_listens_but_on_loopback_and_nobody_is_answered_without_the_toke
 
 def test_a_wrong_token_is_said_to_be(here: Local, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
-    done = tunesmith("submit", "recipe.yaml")
-    assert done.returncode == 2
     listed = tunesmith("jobs")
     assert "does not take this token" in listed.stderr
 

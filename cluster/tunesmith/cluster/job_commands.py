@@ -58,13 +58,16 @@ def submit(
 
 def jobs(
     everything: Annotated[bool, typer.Option("--all", help="Those that have ended, too.")] = False,
+    rebuild: Annotated[
+        Path | None, typer.Option("--rebuild", metavar="DIR", help="Take in the jobs that an output folder tells of.")
+    ] = None,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """List jobs: what each does, and why it waits."""
     from tunesmith.cluster.jobs import commands
 
-    commands.show(address, everything, as_json)
+    commands.show(address, everything, rebuild, as_json)
 
 
 def describe(name: Name, address: Address = None, as_json: AsJson = False) -> None:

@@ -27,6 +27,8 @@ from tunesmith.cluster.storage import write_atomic
 SCHEMA_VERSION = 1
 BUSY_S = 60
 """How long a writer waits for the others."""
+HEARD_S = 120.0
+"""A driver says every few seconds that it lives; after this long something is wrong."""
 ENDED = ("succeeded", "failed", "stopped", "lost")
 """States that do not change any more."""
 
@@ -219,7 +221,8 @@ def records_of(output: Path) -> Iterable[JobRecord]:
         except (OSError, ValidationError) as unreadable:
             raise StorageError(f"{path}: not the record of a job: {unreadable}", "Move it away.") from unreadable
         folder = RunFolder(path.parent.parent)
-        yield record if record.ended else record.model_copy(update=_ending(folder))
+        lives = time.time() - record.heard_at < HEARD_S
+        yield record if record.ended or lives else record.model_copy(update=_ending(folder))
 
 
 def _ending(folder: RunFolder) -> dict[str, Any]:

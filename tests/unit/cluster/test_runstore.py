@@ -3,6 +3,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,11 +85,15 @@ def test_it_is_made_anew_from_what_the_runs_tell(tmp_path: Path, url: str) -> No
     with commit_folder(tmp_path / "whole" / "artifact", {"kind": "artifact"}) as temporary:
         (temporary / "weights").write_bytes(b"1")
     (tmp_path / "cut" / "checkpoints" / "step-00000007").mkdir()
+    alive = record(
+        tmp_path, "alive-1", folder=str(tmp_path / "alive"), state="running", submitted_at=3, heard_at=time.time()
+    )
+    keep(alive)
     store = RunStore(url)
-    assert len(store.rebuild(tmp_path)) == 3
+    assert len(store.rebuild(tmp_path)) == 4
     assert store.rebuild(tmp_path) == []
-    stopped, whole, cut = store.jobs()
-    assert stopped == ended
+    stopped, whole, cut, running = store.jobs()
+    assert (stopped, running) == (ended, alive)
     assert (whole.state, whole.exit_code) == ("succeeded", 0)
     assert (cut.state, cut.why) == ("lost", "its driver is gone; the newest checkpoint is step 7")
     assert [text for _, text in store.events("whole-1")] == [f"found in {tmp_path / 'whole'}"]

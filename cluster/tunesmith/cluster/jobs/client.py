@@ -27,17 +27,20 @@ FREE_AFTER = ("failed", "stopped", "lost")
 class Cluster:
     """A Ray cluster's jobs."""
 
-    def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self, address: str, patience_s: float = PATIENCE_S, tell: Callable[[str], None] = lambda _: None
+    ) -> None:
         """
         Args:
             address: of the dashboard, as in http://127.0.0.1:8265.
             patience_s: how long to try while nothing answers.
+            tell: is told that it does not.
 
         Raises:
             ResourceError: nothing answers there, or the token is not taken.
         """
         self.address = address if "://" in address else f"http://{address}"
-        self._patience_s = patience_s
+        self._patience_s, self._tell = patience_s, tell
         logging.getLogger("ray").setLevel(logging.ERROR)  # it says when a log has ended
         token = token_for(self.address)
         headers = {"Authorization": f"Bearer {token}"} if token else None
@@ -145,7 +148,7 @@ class Cluster:
         }
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + self._patience_s
+        deadline, told = time.monotonic() + self._patience_s, False
         while True:
             try:
                 return call()
@@ -156,6 +159,9 @@ class Cluster:
                     ) from error
                 if time.monotonic() > deadline or _refused(error):
                     raise self._unreachable(error) from error
+                if not told:
+                    self._tell(f"{self.address} does not answer; trying for {self._patience_s:.0f} s")
+                    told = True
                 time.sleep(RETRY_S)
 
     def _unreachable(self, error: BaseException) -> ResourceError:

@@ -79,7 +79,8 @@ def submit(recipe_file: Path, overrides: list[str], wish: Wish, as_json: bool) -
         secrets=references, expected_s=wish.expected_s, preemptible=wish.preemptible,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        cluster, store = Cluster(address_of(wish.address)), RunStore()
+        cluster = Cluster(address_of(wish.address), tell=lambda text: say(stderr(), text))
+        store = RunStore()
         environment: dict[str, Any] = {"env_vars": variables}
         if wish.ship_code:
             environment["py_modules"] = [str(gather(Path(scratch)))]
@@ -163,9 +164,15 @@ def _from_folder(record: JobRecord) -> JobRecord | None:
         return None
 
 
-def show(address: str | None, everything: bool, as_json: bool) -> None:
-    """Prints the jobs; those that have ended only when asked for."""
+def show(address: str | None, everything: bool, rebuild: Path | None, as_json: bool) -> None:
+    """Prints the jobs; those that have ended only when asked for.
+
+    Args:
+        rebuild: an output folder whose runs tell of jobs that this machine has forgotten.
+    """
     view = View(address)
+    if rebuild is not None:
+        say(stderr(), f"{len(view.store.rebuild(rebuild))} jobs taken in from {rebuild}")
     found = [one for one in view.jobs() if everything or not one.ended]
     if as_json:
         print_json([one.model_dump() for one in found])

@@ -16,7 +16,7 @@ from ray._private.state import available_resources_per_node
 
 from tunesmith.cluster.queue.decide import decide
 from tunesmith.cluster.queue.shares import Usage, dominant_share
-from tunesmith.cluster.queue.state import Job, Policy, Running
+from tunesmith.cluster.queue.state import Behind, Job, Policy, Running
 from tunesmith.cluster.resources import GIB, Node
 from tunesmith.cluster.session import live_nodes
 
@@ -44,14 +44,15 @@ class _Ticket:
 class Desk:
     """The actor. All times are of this process's own clock, which never goes back."""
 
-    def __init__(self, policy: Policy | None = None) -> None:
+    def __init__(self, policy: Policy | None = None, lease_s: float = LEASE_S) -> None:
+        self._lease_s = lease_s
         self._policy = policy or Policy()
         self._usage = Usage(self._policy.half_life_s)
         self._tickets: dict[str, _Ticket] = {}
         self._reasons: dict[str, str] = {}
         self._decided_at = 0.0
         again = ray.get_runtime_context().was_current_actor_reconstructed
-        self._opens_at = time.monotonic() + (LEASE_S if again else 0.0)
+        self._opens_at = time.monotonic() + (lease_s if again else 0.0)
 
     def ask(self, job: Job, waited_s: float, holds: bool, remaining_s: float | None) -> Answer:
         """A driver tells of its job and is told what to do.
@@ -83,15 +84,6 @@ class Desk:
         if ticket is not None:
             self._release(ticket, time.monotonic())
 
-    def overview(self) -> dict[str, Any]:
-        """Who holds workers where, and who waits why, the first in line first."""
-        self._decide(time.monotonic())
-        running = [ticket.running for ticket in self._tickets.values() if ticket.running is not None]
-        return {
-            "running": {held.job.id: dict(held.placed) for held in running},
-            "waiting": dict(self._reasons),
-        }
-
     def _release(self, ticket: _Ticket, now: float) -> None:
         if ticket.running is not None:
             share = dominant_share(ticket.job.need, _totals(live_nodes()))
@@ -100,7 +92,7 @@ class Desk:
 
     def _decide(self, now: float) -> None:
         self._decided_at = now
-        for id in [id for id, ticket in self._tickets.items() if now - ticket.heard_at > LEASE_S]:
+        for id in [id for id, ticket in self._tickets.items() if now - ticket.heard_at > self._lease_s]:
             self.leave(id)
         waiting = [ticket.job for ticket in self._tickets.values() if ticket.running is None]
         if now < self._opens_at:
@@ -110,7 +102,8 @@ class Desk:
         running = [ticket.running for ticket in self._tickets.values() if ticket.running is not None]
         decision = decide(waiting, running, _ours(running), now, self._usage.now(now), self._policy)
         self._reasons = {
-            id: f"{place}. in line: {reason}" for place, (id, reason) in enumerate(decision.waits.items(), 1)
+            id: f"{place}. in line: {reason}" if isinstance(reason, Behind) else str(reason)
+            for place, (id, reason) in enumerate(decision.waits.items(), 1)
         }
         for start in decision.starts:
             ticket = self._tickets[start.job.id]

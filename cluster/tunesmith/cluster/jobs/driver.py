@@ -8,12 +8,14 @@ and the job waits for its next turn. Loads neither torch nor the data, so that a
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +26,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from tunesmith.cluster.console import exit_code_of
-from tunesmith.cluster.errors import StorageError, UsageError
+from tunesmith.cluster.errors import StorageError, TunesmithError, UsageError
 from tunesmith.cluster.jobs import secrets
 from tunesmith.cluster.jobs.desk import Answer, find_desk
 from tunesmith.cluster.jobs.spec import METADATA_KEY, JobSpec
@@ -39,8 +41,8 @@ from tunesmith.cluster.session import RaySession
 from tunesmith.cluster.tail import MetricsTail
 
 ASK_S = 1.0
-NOTE_S = 15.0
-"""How often a job that has nothing new to say still says that it lives."""
+NOTE_S = 10.0
+"""How often a job says that it lives, and why it waits."""
 SAVED, FAILED, STOPPED_AT_ONCE = 75, 1, 143
 
 
@@ -56,8 +58,11 @@ def main() -> int:
     try:
         code = Driver(spec, book).run()
     except Exception as error:  # noqa: BLE001 - the one place where a job's errors end
-        code = exit_code_of(error)
-        book.note(str(error).partition("\n")[0], state="failed", exit_code=code, ended_at=time.time())
+        foreseen = isinstance(error, TunesmithError)
+        code = error.exit_code if foreseen else FAILED
+        book.say(f"error: {error}" if foreseen else "".join(traceback.format_exception(error)))
+        why = str(error).partition("\n")[0].rstrip(":")
+        book.note(f"failed: {why}", state="failed", why=why, exit_code=code, ended_at=time.time())
     return code
 
 
@@ -171,14 +176,14 @@ class Driver:
 
     def _wait(self) -> bool:
         """Waits for the job's turn; False when it is stopped meanwhile."""
-        said, noted_at = "", 0.0
+        said, noted_at = "", -math.inf
         while not self.stopping:
             answer = self._ask(holds=False)
             if answer.act == "start":
                 self.book.note("has its workers", state="running", why="", started_at=time.time())
                 return True
-            if answer.why != said or time.monotonic() - noted_at > NOTE_S:
-                news = f"waits: {answer.why}" if answer.why.partition(";")[0] != said.partition(";")[0] else ""
+            if time.monotonic() - noted_at > NOTE_S:
+                news = f"waits: {answer.why}" if answer.why != said else ""
                 self.book.note(news, state="queued", why=answer.why)
                 said, noted_at = answer.why, time.monotonic()
             time.sleep(ASK_S)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tunesmith.cluster.progress import duration
-from tunesmith.cluster.runstore import JobRecord
+from tunesmith.cluster.runstore import HEARD_S, JobRecord
 
-SILENT_S = 120.0
-"""A driver says every few seconds that it lives; after this long something is wrong."""
 AGAIN = "submit it again with the same command: the run goes on from its newest checkpoint"
 
 
@@ -38,7 +36,7 @@ def state_of(record: JobRecord, seen: Seen | None, now: float, reachable: bool =
         return record.state, record.why
     silent_s = now - max(record.heard_at, record.submitted_at)
     if not reachable:
-        if silent_s > SILENT_S:
+        if silent_s > HEARD_S:
             return "lost", f"neither the cluster nor its driver was heard of for {duration(silent_s)}; {AGAIN}"
         return record.state, f"{record.why + '; ' if record.why else ''}the cluster does not answer now"
     if seen is None:
@@ -51,7 +49,7 @@ def state_of(record: JobRecord, seen: Seen | None, now: float, reachable: bool =
         return "submitted", "Ray is starting its driver"
     if record.state == "submitted":
         return "running", ""
-    if silent_s > SILENT_S:
+    if silent_s > HEARD_S:
         return record.state, f"its driver lives, but was not heard of for {duration(silent_s)}"
     return record.state, record.why
 

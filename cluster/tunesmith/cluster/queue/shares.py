@@ -14,6 +14,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
+import numpy as np
+
 from tunesmith.cluster.queue.state import Job, Policy, Running
 from tunesmith.cluster.resources import Need
 
@@ -59,8 +61,10 @@ def in_order(
         taken[held.job.user] += dominant_share(held.job.need, totals)
     tags = {user: share / policy.weights.get(user, 1.0) for user, share in taken.items()}
     costs: dict[str, float] = {}
-    tagged, next_tags = [], {}
-    for job in sorted(queue, key=attrgetter("submitted_at", "id")):
+    by_age = sorted(queue, key=attrgetter("id"))
+    by_age.sort(key=attrgetter("submitted_at"))  # two sorts by one key each are faster than one by both
+    own_tags, next_tags = [], {}
+    for job in by_age:
         user, gang = job.user, job.gang
         cost = costs.get(gang)
         if cost is None:
@@ -69,7 +73,7 @@ def in_order(
         tag = next_tags.get(line)
         if tag is None:
             tag = tags.get(user, 0.0)
-        tagged.append((-line[0], tag, job.submitted_at, job.id, job))
+        own_tags.append(tag)
         next_tags[line] = tag + cost / policy.weights.get(user, 1.0)
-    tagged.sort()  # ids differ, so two jobs are never compared
-    return [entry[4] for entry in tagged]
+    ranks = np.lexsort((own_tags, [-job.priority for job in by_age]))  # of equals, the older stays first
+    return [by_age[rank] for rank in ranks]

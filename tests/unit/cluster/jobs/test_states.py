@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.cluster.jobs.states import SILENT_S, Seen, state_of
-from tunesmith.cluster.runstore import JobRecord
+from tunesmith.cluster.jobs.states import Seen, state_of
+from tunesmith.cluster.runstore import HEARD_S, JobRecord
 
 NOW = 10_000.0
 RUNNING = Seen("RUNNING", "Job is currently running.")
@@ -26,10 +26,10 @@ def record(state: str = "running", heard_ago: float = 1.0, **fields) -> JobRecor
         (record(), Seen("STOPPED", ended=True), True, "stopped", "goes on from its newest checkpoint"),
         (record(), Seen("RUNNING", driver_lost=True), True, "lost", "the node of its driver is gone; submit it again"),
         (record(), None, True, "lost", "the cluster knows no such job any more"),
-        (record(heard_ago=SILENT_S + 1), RUNNING, True, "running", "was not heard of for 2m 01s"),
+        (record(heard_ago=HEARD_S + 1), RUNNING, True, "running", "was not heard of for 2m 01s"),
         (record(), None, False, "running", "the cluster does not answer now"),
         (
-            record(heard_ago=SILENT_S + 1),
+            record(heard_ago=HEARD_S + 1),
             None,
             False,
             "lost",
@@ -48,7 +48,7 @@ def test_the_state_is_what_is_known_together(
 
 @pytest.mark.parametrize("state", ["submitted", "queued", "running", "saving"])
 def test_none_is_at_work_for_ever_when_everything_it_hung_on_is_gone(state: str) -> None:
-    silent = record(state, heard_ago=SILENT_S + 1)
+    silent = record(state, heard_ago=HEARD_S + 1)
     assert state_of(silent, None, NOW, reachable=False)[0] == "lost"
     assert state_of(silent, None, NOW)[0] == "lost"
     assert state_of(silent, Seen("RUNNING", driver_lost=True), NOW)[0] == "lost"
