@@ -20,6 +20,8 @@ ENTRYPOINT = "exec python -m tunesmith.cluster.jobs.driver"
 PATIENCE_S = 180.0
 """How long a head may be away, because it is being restarted, before a submission gives up."""
 RETRY_S = 1.0
+SUPERVISOR_LOST = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE")
+"""How Ray calls the end of a job whose driver did not end by itself."""
 FREE_AFTER = ("failed", "stopped", "lost")
 """Ends after which a key stands for the next job of its run."""
 
@@ -139,13 +141,13 @@ class Cluster:
         return last.model_copy(update={"state": state, "why": why})
 
     def _live_nodes(self) -> set[str]:
+        """Ids of the nodes that live. A restarted head still believes for half a minute in the one that it was before."""
         answer = self._client._do_request("GET", "/nodes?view=summary")
         answer.raise_for_status()
-        return {
-            node["raylet"]["nodeId"]
-            for node in answer.json()["data"]["summary"]
-            if node["raylet"].get("state") == "ALIVE"
-        }
+        nodes = [node["raylet"] for node in answer.json()["data"]["summary"]]
+        heads = sorted((int(node["startTimeMs"]), node["nodeId"]) for node in nodes if node.get("isHeadNode"))
+        gone = {id for _, id in heads[:-1]}
+        return {node["nodeId"] for node in nodes if node.get("state") == "ALIVE"} - gone
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
         deadline, told = time.monotonic() + self._patience_s, False
@@ -198,4 +200,5 @@ def _spec(details: JobDetails) -> JobSpec | None:
 def _seen(details: JobDetails, alive: set[str]) -> Seen:
     ended = details.status.is_terminal()
     driver_lost = details.status == JobStatus.RUNNING and details.driver_node_id not in alive
+    driver_lost |= (details.error_type or "").startswith(SUPERVISOR_LOST)
     return Seen(str(details.status), details.message or "", details.driver_exit_code, ended, driver_lost)

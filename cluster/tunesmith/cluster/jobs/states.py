@@ -20,7 +20,7 @@ class Seen:
     exit_code: int | None = None
     ended: bool = False
     driver_lost: bool = False
-    """Ray says RUNNING, but the node of the job's driver is gone."""
+    """The job's driver did not end by itself: its node is gone."""
 
 
 def state_of(record: JobRecord, seen: Seen | None, now: float, reachable: bool = True) -> tuple[str, str]:
@@ -41,10 +41,10 @@ def state_of(record: JobRecord, seen: Seen | None, now: float, reachable: bool =
         return record.state, f"{record.why + '; ' if record.why else ''}the cluster does not answer now"
     if seen is None:
         return "lost", f"the cluster knows no such job any more: it was made anew; {AGAIN}"
+    if seen.driver_lost:
+        return "lost", f"its driver is gone, with the node that it ran on; {AGAIN}"
     if seen.ended:
         return _ended(seen)
-    if seen.driver_lost:
-        return "lost", f"the node of its driver is gone; {AGAIN}"
     if seen.status == "PENDING":
         return "submitted", "Ray is starting its driver"
     if record.state == "submitted":
