@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,23 +144,23 @@ def down() -> Local | None:
     known = find()
     if known is None:
         return None
-    for member in reversed(known.members):
-        end(member)
+    end(known.members)
     shutil.rmtree(known.scratch, ignore_errors=True)
     shutil.rmtree(known.root, ignore_errors=True)
     return known
 
 
-def end(member: Member) -> None:
-    """Ends one node: asks, waits, then ends what is left of its process group."""
-    if not member.alive:
-        return
-    os.kill(member.pid, signal.SIGTERM)
+def end(members: Sequence[Member]) -> None:
+    """Ends nodes: asks them all, waits, then ends what is left of their process groups."""
+    living = [one for one in members if one.alive]
+    for one in living:
+        os.kill(one.pid, signal.SIGTERM)
     deadline = time.monotonic() + END_PATIENCE_S
-    while member.alive and time.monotonic() < deadline:
+    while any(one.alive for one in living) and time.monotonic() < deadline:
         time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(member.pid, signal.SIGKILL)
+    for one in living:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(one.pid, signal.SIGKILL)
 
 
 def token_for(dashboard: str) -> str | None:
@@ -209,7 +210,7 @@ def _start(known: Local, spec: NodeSpec) -> Member:
     deadline = time.monotonic() + START_PATIENCE_S
     while not ready.exists():
         if process.poll() is not None or time.monotonic() > deadline:
-            end(member)
+            end([member])
             last = log.read_text(errors="replace").strip().splitlines()[-5:]
             raise ResourceError(f"node {spec.name} did not come up: " + "\n".join(last), f"All it said is in {log}.")
         time.sleep(0.05)

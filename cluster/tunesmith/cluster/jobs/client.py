@@ -20,8 +20,6 @@ ENTRYPOINT = "exec python -m tunesmith.cluster.jobs.driver"
 PATIENCE_S = 180.0
 """How long a head may be away, because it is being restarted, before a submission gives up."""
 RETRY_S = 1.0
-SUPERVISOR_LOST = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE")
-"""How Ray calls the end of a job whose driver did not end by itself."""
 FREE_AFTER = ("failed", "stopped", "lost")
 """Ends after which a key stands for the next job of its run."""
 
@@ -199,6 +197,7 @@ def _spec(details: JobDetails) -> JobSpec | None:
 
 def _seen(details: JobDetails, alive: set[str]) -> Seen:
     ended = details.status.is_terminal()
-    driver_lost = details.status == JobStatus.RUNNING and details.driver_node_id not in alive
-    driver_lost |= (details.error_type or "").startswith(SUPERVISOR_LOST)
+    node_gone = details.status == JobStatus.RUNNING and details.driver_node_id not in alive
+    never_ended = details.status == JobStatus.FAILED and details.driver_node_id and details.driver_exit_code is None
+    driver_lost = bool(node_gone or never_ended)
     return Seen(str(details.status), details.message or "", details.driver_exit_code, ended, driver_lost)

@@ -76,4 +76,4 @@ def in_order(
         own_tags.append(tag)
         next_tags[line] = tag + cost / policy.weights.get(user, 1.0)
     ranks = np.lexsort((own_tags, [-job.priority for job in by_age]))  # of equals, the older stays first
-    return [by_age[rank] for rank in ranks]
+    return [by_age[rank] for rank in ranks.tolist()]
