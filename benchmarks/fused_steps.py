@@ -26,8 +26,12 @@ workload.quiet()
 TRIALS = 8
 LENGTHS = (64, 512)
 LAYERS = 16
+ALL = "all-linear"
+ATTENTION = r".*\.(q_proj|v_proj)"
 TOP = r"model\.layers\.(12|13|14|15)\..*_proj"
 ROWS = 400
+LARGE = {"hidden_size": 1536, "intermediate_size": 4096, "num_attention_heads": 12}
+"""The base of which memory is measured, of 1.7 GB: beside a smaller one an adapter is larger than it ever is in practice."""
 
 
 def main() -> None:
@@ -38,10 +42,12 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=4)
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
+    options.add_argument("--targets", help=argparse.SUPPRESS)
+    options.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     if chosen.memory:
-        print(json.dumps(held_and_base(chosen.memory)))
+        print(json.dumps(held_and_base(chosen.memory, chosen.targets, chosen.checkpointing)))
         return
     lines = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -49,19 +55,26 @@ def main() -> None:
         workload.write_model(folder / "model", num_hidden_layers=LAYERS)
         for length in LENGTHS:
             what, aim = f"8 trials, {length} tokens each", "≥ 1.5" if length == 64 else "≥ 0.95"
-            lines.append(measured(folder, length, "all-linear", what, aim, chosen.rounds, chosen.steps))
+            lines.append(measured(folder, length, ALL, what, aim, chosen.rounds, chosen.steps))
         what = "8 trials, top quarter of the layers, 64 tokens each"
         lines.append(measured(folder, 64, TOP, what, "≥ 3", chosen.rounds, chosen.steps))
-        lines.append(memory(folder))
+        workload.write_rows(folder / "rows.jsonl", 60, 64)
+        (folder / "large").mkdir()
+        workload.write_model(folder / "large" / "model", num_hidden_layers=LAYERS, **LARGE)
+        workload.write_rows(folder / "large" / "rows.jsonl", 60, 64)
+        lines += [
+            memory(folder, targets, again) for targets, again in ((ALL, False), (ATTENTION, False), (ATTENTION, True))
+        ]
     setting = (
         f"a Llama of {LAYERS} layers and {workload.MODEL['hidden_size']} wide with {workload.VOCABULARY:,} words, fp32; LoRA of "
         f"ranks 4, 8 and 16; {chosen.threads} thread{'s' if chosen.threads > 1 else ''}; seconds of {chosen.steps} optimizer "
-        "steps of every trial; frozen activations are kept from epoch to epoch, and the epoch that is timed is not the first"
+        "steps of every trial; frozen activations are kept from epoch to epoch, and the epoch that is timed is not the first; memory beside "
+        "a base 1536 wide"
     )
     save("fused_steps", setting, {"losses": "equal to 1e-5 for every trial and step before timing"}, lines)
 
 
-def recipes(folder: Path, length: int, targets: str) -> list[Any]:
+def recipes(folder: Path, length: int, targets: str, **train_keys: Any) -> list[Any]:
     """Eight trials of different ranks and rates over the same rows."""
     from tunesmith.cluster.recipe.schema import Recipe
 
@@ -69,6 +82,7 @@ def recipes(folder: Path, length: int, targets: str) -> list[Any]:
     for index in range(TRIALS):
         adaptation = {"kind": "lora", "rank": (4, 8, 16)[index % 3], "target_modules": targets}
         train = {"learning_rate": 1e-4 * (index + 1), "max_steps": 10_000, "precision": "fp32", "seed": index}
+        train |= train_keys
         written = workload.recipe(folder, f"t{index}", adaptation=adaptation, train=train)
         written["data"]["max_length"] = length
         made.append(Recipe.model_validate(written))
@@ -199,26 +213,34 @@ class OneAfterAnother:
         return losses
 
 
-def memory(folder: Path) -> dict[str, Any]:
+def memory(folder: Path, targets: str, checkpointing: bool) -> dict[str, Any]:
     """What eight trials hold in bases, in a process of their own."""
-    workload.write_rows(folder / "rows.jsonl", 60, 64)
-    command = [sys.executable, __file__, "--memory", str(folder)]
+    command = [sys.executable, __file__, "--memory", str(folder), "--targets", targets]
+    command += ["--checkpointing"] if checkpointing else []
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     held, base = json.loads(said.strip().splitlines()[-1])
+    how = f"{'all linear layers' if targets == ALL else 'query and value'}, activations "
+    how += "computed again" if checkpointing else "kept"
     return {
-        "what": "memory of 8 trials, 64 tokens each", "against": "the base alone", "unit": "MB", "rounds": 1, "aim": "≤ 1.3",
+        "what": f"memory of 8 trials, 64 tokens each, {how}", "against": "the base alone", "unit": "MB", "rounds": 1,
+        "aim": "≤ 1.3",
         "ours": spread([held / 1e6]), "peer": spread([base / 1e6]), "ratio": spread([held / base]),
     }  # fmt: skip
 
 
-def held_and_base(folder: Path) -> tuple[int, int]:
-    """Bytes that the process has more at its peak than before it loads the base, and those of the base's weights."""
-    import tunesmith.tuning.fused.worker  # noqa: F401 - libraries are no part of it
-
-    before = psutil.Process().memory_info().rss
-    fused = Fused(folder, recipes(folder, 64, "all-linear"), "all-linear")
+def held_and_base(folder: Path, targets: str, checkpointing: bool) -> tuple[int, int]:
+    """Bytes that the process holds at its peak while it trains, libraries left out, and those of the base's weights."""
+    small = Fused(folder, recipes(folder, 64, ALL), ALL)
+    small.step()  # what libraries allocate at their first use is no part of it
+    del small
+    gc.collect()
+    process = psutil.Process()
+    before = process.memory_info().rss
+    large = folder / "large"
+    fused = Fused(large, recipes(large, 64, targets, gradient_checkpointing=checkpointing), targets)
     base = sum(weight.nbytes for name, weight in fused.group.model.named_parameters() if "anchor" not in name)
-    for _ in range(3):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: a base is loaded once
+    for _ in range(2):
         fused.step()
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(peak.split()[1]) * 1024 - before, base

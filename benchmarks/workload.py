@@ -112,7 +112,7 @@ def trainer(folder: Path, written: dict[str, Any]) -> Trainer:
         run.create()
         run.begin_attempt()
     dist.barrier()
-    made = Trainer(job(written, run.root), lambda _record: None)
+    made = Trainer(job(written, run.root), lambda: None)
     made.set_up()
     return made
 

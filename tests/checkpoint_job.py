@@ -134,7 +134,7 @@ def work(stage: Stage, rank: int, seen: dict[str, Any]) -> None:
         run.create()
         run.begin_attempt()
     dist.barrier()
-    store = CheckpointStore(run.checkpoints, rank, stage.world, run.current_attempt(), run, stage.keep)
+    store = CheckpointStore(run.checkpoints, rank, stage.world, run.current_attempt(), run, stage.keep, patience_s=0)
     engine = build(stage)
     first = 0
     if stage.resume != "no":

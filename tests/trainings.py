@@ -76,7 +76,7 @@ def trainer_here(folder: Path, written: dict[str, Any], attempt: int = 1) -> Tra
     whole.forget_reads()
     data = prepare(whole, base, cache).fingerprint
     job = TrainJob(written, [*READ_BY_DRIVER, *whole.read_keys()], run.root, cache, data, base, attempt)
-    return Trainer(job, lambda _record: None)
+    return Trainer(job, lambda: None)
 
 
 def losses(folder: Path, name: str) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -146,6 +147,105 @@ def test_a_damaged_checkpoint_is_named_to_the_user_and_the_run_is_the_unbroken_o
     assert f"warning: checkpoint {newest} is damaged" in said
     assert f"{before} is used instead" in said
     assert_the_same_run(run, unbroken)
+
+
+def test_sigterm_to_one_worker_has_all_of_them_save_the_same_step(
+    bench: Bench, unbroken: Path, start: Callable[..., Command]
+):
+    run, recipe = bench.run("told"), bench.recipe("told")
+    command = start(recipe)
+    command.wait_for_step(run, 4)
+    pid, reached = small_runs.worker_pid(run, 1), small_runs.last_step(run)
+    os.kill(pid, signal.SIGTERM)
+    code, out, said = command.finish()
+    assert (code, out) == (75, ""), said
+    assert f"because rank 1 (process {pid} on " in said
+    assert newest_checkpoint(run) == small_runs.last_step(run) >= reached, "no step that was done is lost"
+    index = run / ".ray" / "told-2" / "checkpoint_manager_snapshot.json"  # Ray's own, of the attempt that comes
+    index.parent.mkdir(parents=True)
+    index.write_text('{"checkpoint_results": [')
+    code, _, said = start(recipe).finish()
+    assert code == 0, said
+    assert_the_same_run(run, unbroken)
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.matrix)])
+def test_a_worker_that_is_stopped_is_noticed_named_and_replaced(
+    bench: Bench, unbroken: Path, start: Callable[..., Command], rank: int
+):
+    run, stall_s = bench.run(f"hung-{rank}"), 4.0
+    command = start(bench.recipe(f"hung-{rank}"), "--set", f"cluster.stall_s={stall_s}")
+    command.wait_for_step(run, 4)
+    pid, attempt = small_runs.worker_pid(run, rank), RunFolder(run).current_attempt()
+    os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    command.wait_until(lambda: RunFolder(run).abort_file(attempt).exists(), "the hang to be noticed")
+    assert stall_s <= time.monotonic() - began + 1 < 2 * stall_s + 1
+    code, _, said = command.finish()
+    assert code == 0, said
+    assert f"warning: attempt {attempt} hangs: rank {rank} (process {pid} on " in said
+    assert f"rank {1 - rank} waits in all_reduce" in said
+    log = (run / "log.txt").read_text()
+    assert "=== the attempt hangs" in log
+    assert f"rank {1 - rank} (process" in log
+    assert "is ended because the attempt hangs; its threads" in log
+    assert log.count("loop.py") > 1, "both ranks' stacks"
+    assert not small_runs.is_alive(pid)
+    assert_the_same_run(run, unbroken)
+
+
+def test_storage_that_fails_for_a_while_makes_the_run_wait_and_breaks_nothing(
+    bench: Bench, unbroken: Path, start: Callable[..., Command]
+):
+    run, aside = bench.run("away"), bench.folder / "checkpoints-away"
+    command = start(bench.recipe("away"))
+    command.wait_for_step(run, 4)
+    checkpoints = run / "checkpoints"
+    checkpoints.rename(aside)
+    checkpoints.symlink_to(bench.folder / "nowhere")  # as a mount that is gone
+    warnings = RunFolder(run).warnings(1)
+    command.wait_until(lambda: warnings.exists() and "tried again in 2 s" in warnings.read_text(), "a second try")
+    checkpoints.unlink()
+    aside.rename(checkpoints)
+    code, _, said = command.finish()
+    assert code == 0, said
+    assert said.count("warning: storage fails: ") >= 2, said
+    assert RunFolder(run).current_attempt() == 1
+    assert_the_same_run(run, unbroken)
+
+
+@pytest.mark.matrix
+def test_a_worker_that_is_slower_than_the_others_is_named(bench: Bench, start: Callable[..., Command]):
+    run = bench.run("slow")
+    command = start(bench.recipe("slow", epochs=8))
+    command.wait_for_step(run, 2)
+    pid = small_runs.worker_pid(run, 1)
+    while command.process.poll() is None and small_runs.is_alive(pid):
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.03)
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.01)
+    code, _, said = command.finish()
+    assert code == 0, said
+    assert re.search(r"warning: rank 1 takes \d\.\d times as long for a token", said), said
+
+
+@pytest.mark.matrix
+def test_storage_that_does_not_come_back_ends_the_run_with_what_was_saved(bench: Bench, start: Callable[..., Command]):
+    run, aside = bench.run("gone"), bench.folder / "checkpoints-gone"
+    command = start(bench.recipe("gone", save_patience_s=2))
+    command.wait_for_step(run, 4)
+    (run / "checkpoints").rename(aside)
+    (run / "checkpoints").symlink_to(bench.folder / "nowhere")
+    code, out, said = command.finish()
+    assert (code, out) == (1, ""), said
+    assert f"{run / 'checkpoints'}" in said
+    assert "Traceback" not in said
+    (run / "checkpoints").unlink()
+    aside.rename(run / "checkpoints")
+    code, _, said = start(bench.recipe("gone", save_patience_s=2)).finish()
+    assert code == 0, said
+    assert "goes on from step" in said
 
 
 def test_sigint_saves_too_and_exits_130(bench: Bench, start: Callable[..., Command]):

@@ -30,6 +30,7 @@ class MetricsLog:
         with explained(self.path, len(payload)):
             if not self._repaired:
                 self._cut_torn_line()
+            self._repaired = False  # until the line is whole: it may be tried again
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 left = memoryview(payload)
@@ -37,6 +38,7 @@ class MetricsLog:
                     left = left[os.write(descriptor, left) :]
             finally:
                 os.close(descriptor)
+            self._repaired = True
 
     def truncate_after(self, step: int) -> None:
         """Drops, in one atomic rewrite, the lines of steps beyond `step`: they are about to be repeated."""

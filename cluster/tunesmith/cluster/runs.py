@@ -181,14 +181,36 @@ class RunFolder:
         if current != attempt:
             raise FencedError(f"run {self.name}: attempt {attempt} may not write, attempt {current} has taken over")
 
+    def abort_file(self, attempt: int) -> Path:
+        """Present when an attempt hangs, and its workers are to end themselves."""
+        return self.root / "control" / f"abort-{attempt}"
+
+    def attempt_stop_file(self, attempt: int) -> Path:
+        """Present while one attempt is asked to save and stop; says why."""
+        return self.root / "control" / f"stop-{attempt}"
+
     def request_stop(self) -> None:
         """Asks the workers to save the same step and stop."""
         self.stop_file.parent.mkdir(parents=True, exist_ok=True)
         self.stop_file.touch()
 
-    def stop_requested(self) -> bool:
-        """Whether the workers are asked to save and stop."""
-        return self.stop_file.exists()
+    def request_stop_of(self, attempt: int, why: str) -> None:
+        """Asks the workers of an attempt to save the same step and stop; the first reason that is given stays."""
+        with contextlib.suppress(FileExistsError), self.attempt_stop_file(attempt).open("x") as file:
+            file.write(why)
+
+    def stop_requested(self, attempt: int) -> bool:
+        """Whether the workers of an attempt are asked to save and stop; storage that fails asks nothing."""
+        with contextlib.suppress(OSError):
+            return self.stop_file.exists() or self.attempt_stop_file(attempt).exists()
+        return False
+
+    def why_stopped(self, attempt: int) -> str:
+        """` because …`, for a message; empty when somebody asked for it."""
+        try:
+            return f" because {self.attempt_stop_file(attempt).read_text()}"
+        except FileNotFoundError:
+            return ""
 
     def clear_stop(self) -> None:
         """Takes the request back."""

@@ -37,11 +37,12 @@ TRAIN_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a recipe mean the same in a worker
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print everything twice
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_TRAIN_CONTROLLER_FAILURE_LIMIT": "0",  # it would try for ever to start workers that there is no room for
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver asks Ray itself which nodes are drained
 }
 """How Ray Train behaves in our runs. Ray hands them on to its controller and workers."""
 
 LOCAL_SETTINGS = {
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process fewer; this machine drains with its driver
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: every port on the loopback interface only
@@ -231,6 +232,15 @@ def _node(described: dict[str, Any], name: str, gpu_kind: str) -> Node:
 
 def _shown(described: dict[str, Any]) -> str:
     return f"node {described['NodeManagerAddress']}"
+
+
+def draining_nodes() -> dict[str, float | None]:
+    """Nodes of the connected cluster that are about to be taken away: Ray's id of each, and when, in seconds since 1970."""
+    from ray._private.state import state
+
+    return {
+        node: deadline_ms / 1000 if deadline_ms else None for node, deadline_ms in state.get_draining_nodes().items()
+    }
 
 
 @functools.cache

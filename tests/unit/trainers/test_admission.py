@@ -116,3 +116,7 @@ def test_the_workers_of_a_cluster_are_a_fleet_of_its_gpus() -> None:
     with pytest.raises(FleetError, match="GPUs of 2 kinds: A100, H100"):
         fleet_of(mixed, Need(workers=16, cpus=4, gpus=1))
     assert fleet_of([ROOMY], NEED).gpu.memory_gib == 32
+    head = Node(cpus=0, memory_gib=1)
+    assert fleet_of([head, ROOMY], NEED) == fleet_of([ROOMY], NEED), "a head that offers nothing is no worker's machine"
+    with pytest.raises(FleetError, match="room for a worker"):
+        fleet_of([head], NEED)

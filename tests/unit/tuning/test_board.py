@@ -130,7 +130,7 @@ def test_no_time_is_left_when_all_have_ended():
     assert shown.eta() == 0
 
 
-def test_the_best_is_by_the_mode_and_has_gone_furthest_among_equals():
+def test_the_best_is_by_the_mode_and_the_first_among_equals():
     lines = [
         Line(1, {}, "stopped", [reported(1, 2.0)]),
         Line(2, {}, "training", [reported(1, 3.0), reported(2, 2.0)]),
@@ -142,7 +142,7 @@ def test_the_best_is_by_the_mode_and_has_gone_furthest_among_equals():
     low, high = best_of(lines, "min"), best_of(lines, "max")
     assert low is not None
     assert high is not None
-    assert (low.number, high.number) == (2, 6)
+    assert (low.number, high.number) == (1, 6)
     assert best_of(lines[2:5], "min") is None
 
 

@@ -73,7 +73,8 @@ def test_harmless_keys_are_keys_of_a_recipe():
 
 def test_so_many_lanes_are_one_run_with_all_their_rows_and_adapters(recipe: Recipe):
     plain = recipe_of(recipe, {"train.gradient_accumulation_steps": 4, "cluster.workers": 2})
-    made = side_by_side(plain, lanes=6, rank=16)
+    made = side_by_side(plain, lanes=6, rank=16, targets=["a", "b"])
+    assert made.adaptation.model_dump()["target_modules"] == ["a", "b"]
     assert made.adaptation.model_dump()["rank"] == 96
     assert (made.train.per_device_train_batch_size, made.train.gradient_accumulation_steps) == (6, 1)
     assert (made.cluster.workers, made.cluster.zero) == (1, 0)

@@ -158,10 +158,22 @@ def test_a_clone_has_the_donors_values_perturbed_within_their_ranges_and_its_own
     assert {config["train.weight_decay"] for config in taken} == {0.0, 0.1, 0.2}
 
 
-def test_what_a_population_draws_depends_on_the_seed():
-    def drawn(seed: int) -> list[Any]:
+def test_what_a_population_draws_follows_from_the_seed_the_trial_and_the_report():
+    def drawn(seed: int, number: int = 7, report: int = 2) -> list[Any]:
         made: Any = population(seed=seed)
-        return [made._get_new_config(trial(7, **values()), trial(2, **values()))[0] for _ in range(10)]
+        donors, taker = [trial(1, **values()), trial(2, **values(2e-3))], trial(number, **values())
+        for one in (*donors, taker):
+            made.on_trial_add(None, one)
+            made._trial_state[one].last_train_time, made._trial_state[one].last_checkpoint = report, object()
+        exchanges: list[Any] = []
+        made._exploit = lambda _, one, donor: exchanges.append((donor.trial_id, *made._get_new_config(one, donor)))
+        for _ in range(10):
+            made._checkpoint_or_exploit(taker, None, donors, [taker])
+        return exchanges
 
-    assert drawn(1) == drawn(1)
-    assert drawn(1) != drawn(2)
+    first = drawn(1)
+    random.seed(3)  # whatever others draw meanwhile
+    assert first == drawn(1)
+    assert len({repr(one) for one in first}) == 1
+    others = [drawn(seed, number, report) for seed, number, report in ((2, 7, 2), (1, 8, 2), (1, 7, 4))]
+    assert all(first != other for other in others)

@@ -13,7 +13,7 @@ from tunesmith.cluster.events import Listener, Note, Warned
 from tunesmith.cluster.fleet import Fleet, find_gpu
 from tunesmith.cluster.identity import Identity
 from tunesmith.cluster.recipe.schema import Recipe
-from tunesmith.cluster.resources import Need, Node
+from tunesmith.cluster.resources import Need, Node, fitting
 from tunesmith.trainers import zero
 
 AUTOMATIC = (
@@ -72,17 +72,20 @@ def fleet_of(nodes: Sequence[Node], need: Need) -> Fleet:
     """The workers' share of the nodes, as the planner wants it.
 
     Raises:
-        FleetError: their GPUs are not known.
+        FleetError: their GPUs are not known, or no node has room for a worker.
     """
     from tunesmith.cluster.fleet import parse_fleet
     from tunesmith.cluster.fleet_file import load_fleets
     from tunesmith.cluster.fleet_machine import of_cpus
 
     if need.gpus == 0:
-        smallest = min(nodes, key=lambda node: node.memory_gib)
-        here = -(-need.workers // len(nodes))
+        able = [node for node in nodes if fitting(node, need)]  # a head often offers nothing
+        if not able:
+            raise FleetError(f"none of {len(nodes)} machines has room for a worker of {need.cpus:g} CPUs")
+        smallest = min(able, key=lambda node: node.memory_gib)
+        here = -(-need.workers // len(able))
         fleet = of_cpus(smallest, here, flops=NOMINAL_FLOPS * smallest.cpus)
-        return replace(fleet, nodes=len(nodes)) if len(nodes) > 1 else fleet
+        return replace(fleet, nodes=len(able)) if len(able) > 1 else fleet
     kinds = {node.gpu_kind for node in nodes if node.gpus >= 1}
     if kinds == {""}:
         fleet = parse_fleet("this machine")

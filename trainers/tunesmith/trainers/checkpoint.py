@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from tunesmith.cluster.artifacts import Manifest, check_file, read_manifest
 from tunesmith.cluster.errors import CheckpointError, DiskFullError, StorageError, TunesmithError
+from tunesmith.cluster.patience import patiently
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.storage import (
     FileRecord,
@@ -58,11 +59,14 @@ class CheckpointStore:
         attempt: number of this attempt at the run; an older one may not commit.
         run: the run they belong to.
         keep: newest checkpoints kept; the best one is kept besides.
+        patience_s: seconds that a save is tried again when storage is full or fails.
     """
 
-    def __init__(self, folder: Path, rank: int, world: int, attempt: int, run: RunFolder, keep: int) -> None:
+    def __init__(
+        self, folder: Path, rank: int, world: int, attempt: int, run: RunFolder, keep: int, patience_s: float
+    ) -> None:
         self.folder, self.rank, self.world = folder, rank, world
-        self.attempt, self.run, self.keep = attempt, run, keep
+        self.attempt, self.run, self.keep, self.patience_s = attempt, run, keep, patience_s
         self.last_saved: int | None = None
         """Step of the newest checkpoint known to be whole; None before the first."""
         self.warnings: list[str] = []
@@ -85,8 +89,12 @@ class CheckpointStore:
             FencedError: a newer attempt has taken over.
         """
         final = self.folder / f"step-{step:08d}"
-        if step == self.last_saved:
-            return final  # asked for again
+        if step != self.last_saved:  # else it is asked for again
+            patiently(lambda: self._save(engine, final, step, about, metric), self.patience_s, self.tell)
+            self.last_saved = step
+        return final
+
+    def _save(self, engine: Any, final: Path, step: int, about: Mapping[str, Any], metric: float | None) -> None:
         temporary = on_first(lambda: self._begin(final))
         written = gather(self._write(engine, temporary))
         extra = {
@@ -101,8 +109,12 @@ class CheckpointStore:
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         on_first(lambda: self._commit(temporary, final, written, extra))
-        self.last_saved = step
-        return final
+
+    def tell(self, text: str) -> None:
+        """Warns the user, if that can be written."""
+        if self.rank == 0:
+            with suppress(StorageError):  # the same storage that fails
+                self.run.warn(self.attempt, text)
 
     def newest(self) -> tuple[Path, Manifest] | None:
         """The newest whole checkpoint; damaged ones on the way to it are set aside with a warning."""

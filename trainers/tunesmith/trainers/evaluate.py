@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,8 @@ class HeldOut:
         """The batch with most tokens."""
         return collate(self.store, [max(self.packs, key=lambda pack: self.store.lengths[list(pack)].sum())], 1.0)
 
-    def loss(self, engine: Any, device: torch.device) -> float:
-        """Mean negative log-probability of the labels, in nats a token."""
+    def loss(self, engine: Any, device: torch.device, moved: Callable[[], None]) -> float:
+        """Mean negative log-probability of the labels, in nats a token; calls `moved` after each batch."""
         rank, world = dist.get_rank(), dist.get_world_size()
         total = torch.zeros(2, dtype=torch.float64, device=device)
         engine.eval()
@@ -52,6 +53,7 @@ class HeldOut:
             batch = collate(self.store, [self.packs[min(mine, len(self.packs) - 1)]], 1.0)
             batch = (batch if mine < len(self.packs) else idle(batch)).to(device)
             total += torch.stack(sum_negative_logps(engine, batch)).double()
+            moved()
         engine.train()
         dist.all_reduce(total)
         return (total[0] / total[1]).item()

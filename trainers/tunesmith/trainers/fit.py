@@ -19,12 +19,15 @@ from tunesmith.cluster.tail import MetricsTail
 from tunesmith.trainers.lean import ClusterTrainer, LocalTrainer
 from tunesmith.trainers.rendezvous import Rendezvous
 from tunesmith.trainers.stopping import StopSignals
-from tunesmith.trainers.worker import read_presence, train_worker
+from tunesmith.trainers.watchman import Watchman, who
+from tunesmith.trainers.worker import train_worker
 
 if TYPE_CHECKING:
     from tunesmith.trainers.launch import Inputs
 
 POLL_SECONDS = 0.2
+OUT_OF_MEMORY_SIGNS = ("OutOfMemoryError", "running low on memory", "out of memory")
+"""What Ray says of a worker that its memory monitor has ended."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def fit(
 
     What the workers themselves had to say is in the attempt's outcome file.
     """
-    folder, need, timeout_s = inputs.folder, inputs.need, recipe.cluster.timeout_s
+    folder, need, timeout_s, stall_s = inputs.folder, inputs.need, recipe.cluster.timeout_s, recipe.cluster.stall_s
     scratch = folder.root / ".ray"
     trainer = (LocalTrainer if inputs.local else ClusterTrainer)(
         train_worker,
@@ -59,16 +62,20 @@ def fit(
             "allow_change": allow_change,
             "backend": "nccl" if need.gpus else "gloo",
             "timeout_s": timeout_s,
+            "stall_s": stall_s,
         },
-        backend_config=Rendezvous(),
+        backend_config=Rendezvous(str(folder.root), attempt),
         scaling_config=ScalingConfig(
             num_workers=need.workers, use_gpu=need.gpus > 0, resources_per_worker=need.ray_resources()
         ),
         run_config=RunConfig(
-            name=f"{folder.name}-{attempt}", storage_path=str(scratch), failure_config=FailureConfig(max_failures=0)
+            name=f"{folder.name}-{attempt}",
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
         ),
     )
     steps, warnings = MetricsTail(folder.metrics), MetricsTail(folder.warnings(attempt))
+    watchman = Watchman(folder, attempt, need.workers, stall_s, inputs.local)
     work = _Work(trainer)
     work.start()
     try:
@@ -79,10 +86,13 @@ def fit(
                 on_event(Warned(line["text"]))
             for line in steps.lines():
                 on_event(Step(line))
+            watchman.look(on_event)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if work.failure is not None and not isinstance(work.failure, TrainingFailedError | RayError):
         raise work.failure
+    if watchman.stall is not None:
+        return Ending({rank: f"{watchman.stall.beats[rank].who} {why}" for rank, why in watchman.stall.odd.items()})
     return _ending(work.failure, folder)
 
 
@@ -104,7 +114,7 @@ class _Work(threading.Thread):
 def _ending(failure: TrainingFailedError | RayError | None, folder: RunFolder) -> Ending:
     if isinstance(failure, WorkerGroupError):
         died = {
-            rank: f"{read_presence(folder, rank)} {'hangs' if isinstance(error, WorkerHealthCheckTimeoutError) else 'died'}"
+            rank: f"{who(folder, rank)} {_how(error)}"
             for rank, error in failure.worker_failures.items()
             if isinstance(error, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError)
         }
@@ -115,6 +125,15 @@ def _ending(failure: TrainingFailedError | RayError | None, folder: RunFolder) -
     if failure is not None:
         return Ending({0: f"Ray lost the controller: {_first_line(failure)}"})
     return Ending()
+
+
+def _how(error: Exception) -> str:
+    """What became of a worker that does not answer Ray any more."""
+    if isinstance(error, WorkerHealthCheckTimeoutError):
+        return "hangs"
+    lines = (line for line in str(error).splitlines() if any(sign in line for sign in OUT_OF_MEMORY_SIGNS))
+    out_of_memory = next(lines, "")
+    return f"was ended by Ray, its machine was out of memory: {out_of_memory.strip()}" if out_of_memory else "died"
 
 
 def _first_line(error: BaseException) -> str:

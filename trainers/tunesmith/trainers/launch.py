@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ from typing import Any
 import yaml
 
 from tunesmith.cluster.artifacts import verify
-from tunesmith.cluster.errors import CheckpointError, OutputError, RecipeError, StorageError, UsageError, WorkerError
+from tunesmith.cluster.errors import (
+    CheckpointError,
+    OutputError,
+    RecipeError,
+    ResourceError,
+    StorageError,
+    UsageError,
+    WorkerError,
+)
 from tunesmith.cluster.events import Ended, Listener, Note, Training, Warned, ignore
 from tunesmith.cluster.identity import Identity, changes, refuse_changes
 from tunesmith.cluster.metrics import read_metrics
@@ -37,6 +46,8 @@ from tunesmith.trainers.logs import require_installed
 from tunesmith.trainers.models import BaseRef, check_adaptation, resolve_base
 from tunesmith.trainers.outcome import read_outcome
 from tunesmith.trainers.stopping import StopSignals
+
+WAIT_POLL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -230,7 +241,7 @@ def _attempts(
     on_event: Listener,
 ) -> Result:
     recipe, folder, lost = inputs.recipe, inputs.folder, []
-    max_failures = recipe.train.max_failures  # read now: workers refuse unread keys
+    max_failures, wait_s = recipe.train.max_failures, recipe.cluster.wait_s  # read now: workers refuse unread keys
     require_resources(inputs.need, session.nodes())
     from tunesmith.trainers.fit import fit  # only now: Ray's modules import each other, which two threads cannot do
 
@@ -254,6 +265,30 @@ def _attempts(
         if isinstance(decision, GiveUp):
             raise WorkerError(decision.what, decision.fix)
         on_event(Warned(decision.warning))
+        if not inputs.local:
+            _wait_for_machines(inputs.need, session, wait_s, on_event)
+
+
+def _wait_for_machines(need: Need, session: RaySession, wait_s: float, on_event: Listener) -> None:
+    """Returns when the cluster has what the run needs.
+
+    Raises:
+        WorkerError: it has not after `wait_s` seconds; says what is missing.
+    """
+    began, is_told = time.monotonic(), False
+    while True:
+        try:
+            return require_resources(need, session.nodes())
+        except ResourceError as missing:
+            if time.monotonic() - began >= wait_s:
+                raise WorkerError(
+                    f"after {wait_s:.0f} s the cluster still lacks machines: {missing.what}",
+                    "When it has them again, the same command goes on from the last checkpoint.",
+                ) from missing
+            if not is_told:
+                on_event(Note(f"waiting up to {wait_s:.0f} s for machines: {missing.what}"))
+                is_told = True
+        time.sleep(WAIT_POLL_S)
 
 
 def draw(folder: RunFolder, on_event: Listener = ignore) -> None:

@@ -1,6 +1,6 @@
 """The training loop: one worker's life from the recipe to the artifact, read from top to bottom.
 
-Ray Train starts it, but it knows only `torch.distributed` and a `report` callable. Nothing here is state that could be
+Ray Train starts it, but it knows only `torch.distributed` and a callable that says that work goes on. Nothing here is state that could be
 derived: the batches, the learning rate and the dropout of a step follow from its number, so a run that resumes from the
 checkpoint of step N goes on bit for bit as the unbroken one would have.
 """
@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from tunesmith.cluster.errors import ChangedError, NonFiniteError
 from tunesmith.cluster.metrics import MetricsLog, read_metrics
+from tunesmith.cluster.patience import patiently
 from tunesmith.cluster.recipe.load import recipe_hash, unread_error
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.runs import RunFolder
@@ -36,6 +37,7 @@ from tunesmith.trainers.memory.measure import StepMeter
 from tunesmith.trainers.memory.probe import probe
 from tunesmith.trainers.models import BaseRef, load_tokenizer
 from tunesmith.trainers.objectives import OBJECTIVES
+from tunesmith.trainers.pace import Pace, Paces
 from tunesmith.trainers.packing import BatchPlan, StepPlan
 from tunesmith.trainers.policy import score
 from tunesmith.trainers.ranks import gather, on_first
@@ -43,7 +45,7 @@ from tunesmith.trainers.receipts.mask import write_mask_receipt
 from tunesmith.trainers.receipts.plan import write_plan_receipt
 from tunesmith.trainers.schedule import Schedule, dropout_seed
 
-Report = Callable[[dict[str, Any]], None]
+Moved = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ class Progress:
 class Trainer:
     """One worker. `run` is the story; the other methods are its sentences."""
 
-    def __init__(self, job: TrainJob, report: Report) -> None:
-        self.job, self.report = job, report
+    def __init__(self, job: TrainJob, moved: Moved) -> None:
+        self.job, self.moved = job, moved
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -146,6 +148,7 @@ class Trainer:
         self.engine: Any = build_engine(recipe, self.job.base, self.device)
         self.watch = None if self.engine.fp16_enabled() else GradientWatch(self.engine.module)
         self.meter = StepMeter(self.engine, self.device)
+        self.pace, self.paces = Pace(self.device), Paces()
         self.checkpoints = CheckpointStore(
             self.run_folder.checkpoints,
             self.rank,
@@ -153,6 +156,7 @@ class Trainer:
             self.job.attempt,
             self.run_folder,
             train.save_total_limit,
+            train.save_patience_s,
         )
         self.parity_rows, self.save_steps = recipe.eval.parity_rows, train.save_steps
         require_installed(recipe.output.report_to)
@@ -254,20 +258,23 @@ class Trainer:
         rate = self.schedule.learning_rate(index)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        totals = torch.zeros(4, dtype=torch.float64)  # loss, router loss, broken gradients, asked to stop
+        totals = torch.zeros(4 + self.world, dtype=torch.float64)  # loss, router loss, broken, asked to stop, paces
         broken: list[int] = []
         for micro in range(self.accumulation):
             batch = self.micro_batch(plan, micro, max(1.0, labels))
             self.meter.saw(batch)
             losses, is_finite = self.forward_backward(batch, index, micro, len(batch.input_ids) / tokens)
+            self.moved()
             totals[:2] += losses
             if not is_finite:
                 broken += batch.examples
             if micro < self.accumulation - 1:
                 self.engine.step()  # counts the micro-batch; the update comes at the boundary
         totals[2] = bool(broken)
-        totals[3] = self.rank == 0 and self.run_folder.stop_requested()
+        totals[3] = self.rank == 0 and self.run_folder.stop_requested(self.job.attempt)
+        totals[4 + self.rank] = self.pace.take()
         totals = self.sum_over_workers(totals)
+        self.paces.note(totals[4:].tolist(), self.checkpoints.tell)
         if totals[2]:
             raise self.non_finite(index, broken)
         plain_norm = norm_before_step(self.engine)
@@ -303,7 +310,8 @@ class Trainer:
     def forward_backward(self, batch: Batch, index: int, micro: int, token_share: float) -> tuple[torch.Tensor, bool]:
         """Losses [2] of a micro-batch as shares of the step's loss, and whether they and their gradients are finite."""
         torch.manual_seed(dropout_seed(self.recipe.train.seed, index, micro, self.rank))
-        logps, aux_loss = score(self.engine, batch)
+        with self.pace.forward(len(batch.input_ids)):
+            logps, aux_loss = score(self.engine, batch)
         loss, _ = self.objective(logps, batch)
         router_loss = torch.zeros((), device=self.device)
         if aux_loss is not None and bool(batch.weights.any()):
@@ -348,7 +356,7 @@ class Trainer:
         Raises:
             NonFiniteError: it is NaN or infinite.
         """
-        loss = held_out.loss(self.engine, self.device)
+        loss = held_out.loss(self.engine, self.device, self.moved)
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"the held-out loss after step {self.progress.step} is {loss}, although every step was finite",
@@ -372,22 +380,21 @@ class Trainer:
         self.checkpoints.save(self.engine, self.progress.step, about, eval_loss)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Writes a line of metrics and reports it."""
+        """Writes a line of metrics."""
         if self.rank == 0:
-            self.metrics.append(record)
+            patiently(lambda: self.metrics.append(record), self.checkpoints.patience_s, self.checkpoints.tell)
             for log in self.logs:
                 log.write(record["step"], numbers(record))
-        self.report(record)
 
 
-def train(job: TrainJob, report: Report) -> Outcome:
+def train(job: TrainJob, moved: Moved) -> Outcome:
     """Runs one worker's part of a job; `torch.distributed` is initialised.
 
     Args:
         job: the same on every worker.
-        report: called with each step's metrics.
+        moved: called whenever a batch is done, so that work can be told from a hang.
 
     Raises:
         TunesmithError: the run cannot go on.
     """
-    return Trainer(job, report).run()
+    return Trainer(job, moved).run()

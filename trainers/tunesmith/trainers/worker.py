@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import socket
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import StoppedError, TunesmithError
 from tunesmith.cluster.runs import RunFolder
+from tunesmith.trainers.heartbeat import Heartbeat
 from tunesmith.trainers.outcome import AttemptOutcome, write_outcome
 
 if TYPE_CHECKING:
@@ -39,18 +39,19 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     Args:
         settings: `run` (its folder), `attempt`, `recipe` (the keys that the user wrote), `read_keys`, `base` (BaseRef),
-            `cache`, `data` (its fingerprint), `allow_change`, `backend` (gloo or nccl) and `timeout_s`; plain data, so that no class of ours is
-            pickled before this process has its log.
+            `cache`, `data` (its fingerprint), `allow_change`, `backend` (gloo or nccl), `timeout_s` and `stall_s`; plain data, so
+            that no class of ours is pickled before this process has its log.
     """
     run, rank = RunFolder(Path(settings["run"])), int(os.environ["RANK"])
     log_to(log_file(run))
-    write_presence(run, settings["attempt"], rank)
+    heartbeat = Heartbeat(run, settings["attempt"], rank, settings["stall_s"])
+    heartbeat.start()
     ending = run.outcome(settings["attempt"])
     try:
-        outcome = _train(settings)
+        outcome = _train(settings, heartbeat.moved)
         if not outcome.finished:
             raise StoppedError(
-                f"run {run.name} was stopped: all workers have saved step {outcome.step}",
+                f"run {run.name} was stopped{run.why_stopped(settings['attempt'])}: all workers have saved step {outcome.step}",
                 "The same command goes on from there.",
             )
     except BaseException as error:
@@ -58,11 +59,13 @@ def train_worker(settings: dict[str, Any]) -> None:
             with contextlib.suppress(OSError):  # on a full disk Ray still carries the error itself to the driver
                 write_outcome(ending, AttemptOutcome.failed(rank, error))
         raise
+    finally:
+        heartbeat.leave()
     if rank == 0:
         write_outcome(ending, AttemptOutcome.done(rank, {"step": outcome.step, "metrics": outcome.metrics}))
 
 
-def _train(settings: dict[str, Any]) -> Outcome:
+def _train(settings: dict[str, Any], moved: Callable[[], None]) -> Outcome:
     backend = settings["backend"]
     if backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -86,14 +89,10 @@ def _train(settings: dict[str, Any]) -> Outcome:
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend, init_method="env://", timeout=timedelta(seconds=settings["timeout_s"]))
-    outcome = train(job, _tell_nobody)
+    outcome = train(job, moved)
     dist.barrier()  # nobody leaves, and looks lost to the others, before all are done
     dist.destroy_process_group()
     return outcome
-
-
-def _tell_nobody(metrics: dict[str, Any]) -> None:
-    """Steps do not go through Ray: its report waits for a poll of every worker, and metrics.jsonl tells the driver."""
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -106,21 +105,9 @@ def is_lost_peer(error: BaseException) -> bool:
     return False
 
 
-def write_presence(run: RunFolder, attempt: int, rank: int) -> None:
-    """Leaves `control/rank-<rank>.json`, so that a message about a lost worker can name its process and host."""
-    path = presence_file(run, rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"attempt": attempt, "pid": os.getpid(), "host": socket.gethostname()}))
-
-
 def log_file(run: RunFolder) -> Path:
     """What all workers of all attempts print."""
     return run.root / "log.txt"
-
-
-def presence_file(run: RunFolder, rank: int) -> Path:
-    """Where the worker of this rank says which process it is."""
-    return run.stop_file.with_name(f"rank-{rank}.json")
 
 
 def log_to(path: Path) -> None:
@@ -131,12 +118,3 @@ def log_to(path: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-
-
-def read_presence(run: RunFolder, rank: int) -> str:
-    """Which process the worker of this rank was, for a message."""
-    try:
-        who = json.loads(presence_file(run, rank).read_text())
-    except (FileNotFoundError, ValueError):
-        return "its process"
-    return f"process {who['pid']} on {who['host']}"

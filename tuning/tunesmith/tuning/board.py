@@ -158,10 +158,10 @@ class Board:
 
 
 def best_of(lines: list[Line], mode: str) -> Line | None:
-    """The line with the best value; of those that have gone furthest among equals."""
+    """The line with the best value, of equals the first; failed ones and values that are not finite do not count."""
     able = [line for line in lines if line.is_finite and line.state not in ("failed", "infeasible")]
     sign = 1 if mode == "min" else -1
-    return min(able, key=lambda line: (sign * line.value, -len(line.reports)), default=None)  # type: ignore[operator]
+    return min(able, key=lambda line: (sign * line.value, line.number), default=None)  # type: ignore[operator]
 
 
 def spelled(values: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers.data.prepare import prepare
 from tunesmith.trainers.models import resolve_base
 from tunesmith.trainers.packing import BatchPlan
-from tunesmith.tuning.members import Progress, as_long_as
+from tunesmith.tuning.members import Progress, as_long_as, figures_of
 from tunesmith.tuning.space import recipe_of
 
 POLL_S = 0.2
@@ -94,10 +94,10 @@ class Runs:
 
     def close(self) -> None:
         """Stops the runs, which save first, and gives the place back."""
-        for run in self._runs:
-            run.stop()
-        for run in self._runs:
-            run.join()
+        while alive := [run for run in self._runs if run.is_alive()]:
+            for run in alive:  # again and again: a run that is only beginning drops what was asked before
+                run.folder.request_stop()
+            alive[0].join(POLL_S)
         self._runs = []
         if self._places is not None:
             ray.get(self._places.give.remote())
@@ -144,15 +144,10 @@ class _Run(threading.Thread):
                 evaluated and done[-1]["step"] == goal and self.folder.newest_step() >= goal
             ):  # saved, so others may take it
                 self.step = goal
-                return Progress(goal, self.total_steps, sum(line["tokens"] for line in done), _figures(done))
+                return Progress(goal, self.total_steps, sum(line["tokens"] for line in done), figures_of(done))
             if not alive:
                 raise self.failure or WorkerError(f"the run in {self.folder.root} ended before step {goal}")
             time.sleep(POLL_S)
-
-    def stop(self) -> None:
-        """Asks it to save and stop."""
-        if self.is_alive():
-            self.folder.request_stop()
 
     def _evaluates(self) -> bool:
         return self.recipe.train.eval_steps is not None
@@ -197,18 +192,6 @@ def as_run(training: Isolated, recipe: Recipe, root: Path) -> AsRun:
     if training.address is not None:
         changes["cluster.address"] = training.address
     return AsRun(recipe_of(recipe.model_copy(update={"name": root.name}), changes), every, total)
-
-
-def _figures(lines: list[dict[str, Any]]) -> dict[str, float]:
-    norms = [line["grad_norm"] for line in lines if line["grad_norm"] is not None]  # none where fp16 overflowed
-    figures = {
-        "loss": sum(line["loss"] for line in lines) / len(lines),
-        **({"grad_norm": norms[-1]} if norms else {}),
-        "tokens_per_second": sum(line["tokens"] for line in lines) / sum(line["step_seconds"] for line in lines),
-    }
-    if lines[-1].get("eval_loss") is not None:
-        figures["eval_loss"] = lines[-1]["eval_loss"]
-    return figures
 
 
 @contextlib.contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tunesmith.cluster.recipe.schema import Recipe
 
@@ -59,3 +60,15 @@ def as_long_as(steps: int | None, recipe: Recipe) -> Recipe:
     tree.setdefault("train", {}).pop("epochs", None)
     tree["train"]["max_steps"] = steps
     return Recipe.model_validate(tree)
+
+
+def figures_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What is reported of these steps: their mean loss, the newest norm of the gradients, the rate, the newest evaluation."""
+    newest = {
+        name: line[name] for line in lines for name in ("grad_norm", "eval_loss") if line.get(name) is not None
+    }  # fp16 has steps without a norm
+    return {
+        "loss": sum(line["loss"] for line in lines) / len(lines),
+        "tokens_per_second": sum(line["tokens"] for line in lines) / sum(line["step_seconds"] for line in lines),
+        **newest,
+    }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,11 +42,10 @@ def scheduler(tune: Tune) -> TrialScheduler:
 
 
 def _population(tune: Tune, common: dict[str, Any]) -> PopulationBasedTraining:
-    random.seed(tune.seed)  # it draws from the global generators
-    np.random.seed(tune.seed)
     space = perturbed(tune)
     assert space, "space.check refuses pbt without a key that may change"
     return _Population(
+        tune.seed,
         **common,
         perturbation_interval=tune.grace,
         hyperparam_mutations={key: _domain(dimension) for key, dimension in space.items()},
@@ -55,15 +56,43 @@ def _population(tune: Tune, common: dict[str, Any]) -> PopulationBasedTraining:
 
 
 class _Population(PopulationBasedTraining):
-    """Begins with what the searcher proposes, and gives a trial another one's configuration, but not its number."""
+    """Begins with what the searcher proposes, and gives a trial another one's configuration, but not its number.
+
+    What it draws for a trial after a report follows from the sweep's seed, the trial and the report alone, so that a sweep
+    which goes on makes the same exchanges again.
+    """
+
+    def __init__(self, seed: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._seed = seed
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         # it looks for a searcher, to refuse any: one that expects its proposals to stay as they were would be misled
         super().on_trial_add(SimpleNamespace(search_alg=None), trial)  # pyright: ignore[reportArgumentType]
 
+    def _checkpoint_or_exploit(
+        self, trial: Any, tune_controller: Any, upper_quantile: list[Any], lower_quantile: list[Any]
+    ) -> None:
+        key = (self._seed, trial.config["trial"], self._trial_state[trial].last_train_time)
+        with _drawing_from(key):
+            super()._checkpoint_or_exploit(trial, tune_controller, upper_quantile, lower_quantile)
+
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         config, operations = super()._get_new_config(trial, trial_to_clone)
         return {**config, "trial": trial.config["trial"]}, operations
+
+
+@contextlib.contextmanager
+def _drawing_from(key: tuple[int, ...]) -> Iterator[None]:
+    """Sets the global generators, from which Ray Tune draws, to a state that follows from the key alone."""
+    before = random.getstate(), np.random.get_state()
+    random.seed(repr(key))
+    np.random.seed(key)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 def _domain(dimension: Dimension) -> Any:

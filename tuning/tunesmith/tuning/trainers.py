@@ -89,7 +89,8 @@ class SharedWorkers(Trainers):
 
     def _too_large(self, values: Values) -> str | None:
         adaptation = recipe_of(self._recipe, values).adaptation
-        return self._ready[0].too_large if adaptation.rank > self._ready[0].largest else None  # type: ignore[union-attr]
+        narrowest = min(self._ready, key=lambda ready: ready.largest)
+        return narrowest.too_large if adaptation.rank > narrowest.largest else None  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from tunesmith.cluster.queue.decide import decide
 from tunesmith.cluster.queue.shares import Usage, dominant_share
 from tunesmith.cluster.queue.state import Behind, Job, Policy, Running
 from tunesmith.cluster.resources import GIB, Node
-from tunesmith.cluster.session import live_nodes
+from tunesmith.cluster.session import draining_nodes, live_nodes
 
 NAME, NAMESPACE = "tunesmith-desk", "tunesmith"
 LEASE_S = 20.0
@@ -117,9 +117,11 @@ class Desk:
 
 def _ours(running: list[Running]) -> list[Node]:
     """What each node has for jobs of the queue: all that nobody else holds, as Ray sees it."""
-    free = available_resources_per_node()
+    free, draining = available_resources_per_node(), draining_nodes()
     nodes = []
     for node in live_nodes():
+        if node.name in draining:
+            continue  # what would start there would be told to save at once
         left = free.get(node.name, {})
         held = [(one.job.need, one.placed[node.name]) for one in running if node.name in one.placed]
         cpus = node.cpus - left.get("CPU", 0.0) - sum(need.cpus * workers for need, workers in held)

@@ -60,8 +60,8 @@ def decide(
         sum(node.memory_gib for node in nodes),
     )
     order = in_order(queue, running, usage or {}, totals, policy or Policy())
-    free_N3 = cluster.total_N3 - Held(cluster, running).by(running)
-    return _Pass(cluster, running, free_N3, now).over(order)
+    held = Held(cluster, running)
+    return _Pass(cluster, running, held, cluster.total_N3 - held.by(running), now).over(order)
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class _Pass:
     cluster: Cluster
     running: list[Running]
     """Those that started in this pass too."""
+    held: Held
+    """By those that ran before this pass, or by all when room was first kept."""
     free_N3: Amounts
     now: float
     starts: list[Start] = field(default_factory=list)
@@ -91,8 +93,6 @@ class _Pass:
     kept: _Kept | None = None
     crowded: set[str] = field(default_factory=set)
     """What does not even fit in all that is free."""
-    held: Held = field(init=False)
-    """Of all running jobs when room was first kept."""
 
     def over(self, order: Sequence[Job]) -> Decision:
         most: dict[str, int] = {}
@@ -146,7 +146,8 @@ class _Pass:
 
     def _keep(self, job: Job) -> _Kept:
         """Where and when the first in line will have room; asks others to save if that makes it."""
-        self.held = Held(self.cluster, self.running)
+        if self.starts:
+            self.held = Held(self.cluster, self.running)
         saving = [held for held in self.running if held.saving]
         releases = self._needed(job, saving)
         if releases is None:

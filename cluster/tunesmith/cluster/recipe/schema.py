@@ -225,6 +225,9 @@ class Train(Section):
     """Optimizer steps between checkpoints: the most that a crash can cost. Always also at the last step."""
     save_total_limit: PositiveInt = 2
     """Newest checkpoints kept; the best one is kept besides."""
+    save_patience_s: Annotated[float, Field(ge=0)] = 120.0
+    """Seconds that a write is tried again, at growing intervals, while storage is full or fails; then the run ends with what
+    was saved before."""
     early_stopping: EarlyStopping | None = None
     """Stops when the held-out loss no longer improves."""
     load_best_model_at_end: bool | None = None
@@ -271,6 +274,12 @@ class Cluster(Section):
     """Folder on a local NVMe disk, for `offload: nvme`."""
     timeout_s: PositiveInt = 1800
     """Seconds a collective operation may wait for a worker before the attempt fails."""
+    stall_s: PositiveFloat = 600.0
+    """Seconds without a sign of life of a worker, or without any worker's getting on, after which the attempt counts as hung:
+    the stacks of all workers go to log.txt, and it begins again from the last checkpoint. More than the longest single
+    operation takes, such as writing one worker's part of a checkpoint."""
+    wait_s: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds that a run which has lost machines waits for the cluster to have enough of them again."""
 
     @model_validator(mode="after")
     def _offload_fits_the_stage(self) -> Cluster:

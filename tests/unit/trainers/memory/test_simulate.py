@@ -51,7 +51,7 @@ def test_the_line_through_two_depths_is_the_full_depth(
     kind: str, adaptation: str, checkpointing: bool, keeping: Keeping, passes: int
 ) -> None:
     recipe, model = _recipe(adaptation, checkpointing), config(kind, num_hidden_layers=LAYERS).to_dict()
-    depths = blank.sample_depths(model, None)
+    depths = blank.sample_depths(model, recipe.adaptation)
     assert depths is not None
     shallow, deep = (_simulate(recipe, model, depth, keeping, passes) for depth in depths)
     full = _simulate(recipe, model, LAYERS, keeping, passes)
@@ -61,6 +61,15 @@ def test_the_line_through_two_depths_is_the_full_depth(
     }
     assert line.parameters == full.parameters
     assert line.fixed_bytes == full.fixed_bytes
+
+
+def test_layers_that_a_pattern_picks_are_all_simulated() -> None:
+    recipe = _recipe("lora")
+    model = config("llama", num_hidden_layers=LAYERS).to_dict()
+    assert blank.sample_depths(model, recipe.adaptation) is not None
+    top = {"kind": "lora", "target_modules": rf"model\.layers\.{LAYERS - 1}\..*_proj"}
+    picked = Recipe.model_validate({**recipe.model_dump(mode="json", exclude_unset=True), "adaptation": top})
+    assert blank.sample_depths(model, picked.adaptation) is None
 
 
 def test_kinds_count_every_parameter_once() -> None:

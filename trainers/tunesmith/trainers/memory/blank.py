@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.cluster.errors import ModelError
-from tunesmith.cluster.recipe.schema import Full, Recipe
+from tunesmith.cluster.recipe.schema import Adapter, Full, Lora, Peft, Recipe
 
 HF_ATTENTION = "tunesmith_planned"
 _UNEVEN_KEYS = ("mlp_only_layers", "first_k_dense_replace", "moe_layers", "no_rope_layers")
@@ -48,18 +48,16 @@ def vocabulary_of(config: Mapping[str, Any]) -> int:
     return int(_about(config).vocab_size)
 
 
-def sample_depths(config: dict[str, Any], adapter: dict[str, Any] | None) -> tuple[int, int] | None:
+def sample_depths(config: dict[str, Any], adaptation: Full | Adapter) -> tuple[int, int] | None:
     """Two depths whose simulations give every depth; None when layers differ, so that all must be simulated.
 
     Args:
         config: the model's.
-        adapter: what PEFT is given, if anything.
     """
     depth = layers_of(config)
+    adapter = _adapter(adaptation)
     uneven = any(config.get(key) for key in _UNEVEN_KEYS) or (config.get("decoder_sparse_step") or 1) > 1
-    by_layer = adapter is not None and (
-        any(adapter.get(key) for key in _BY_LAYER) or any(letter.isdigit() for letter in _targets_by_path(adapter))
-    )
+    by_layer = any(adapter.get(key) for key in _BY_LAYER) or any(map(str.isdigit, _targets_by_path(adapter)))
     kinds = config.get("layer_types") or []
     if depth <= 2 or uneven or by_layer or not set(kinds) <= _ALIKE:
         return None
@@ -187,6 +185,13 @@ def _attend_as_full_rows(model: Any) -> None:
 
     ALL_ATTENTION_FUNCTIONS.register(HF_ATTENTION, attend)
     model.config._attn_implementation = HF_ATTENTION
+
+
+def _adapter(adaptation: Full | Adapter) -> dict[str, Any]:
+    """What PEFT is given of where the adapter goes."""
+    if isinstance(adaptation, Peft):
+        return adaptation.config
+    return {"target_modules": adaptation.target_modules} if isinstance(adaptation, Lora) else {}
 
 
 def _targets_by_path(adapter: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.cluster.recipe.schema import Peft, Recipe
+from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.trainers import zero
 from tunesmith.trainers.memory import blank
 from tunesmith.trainers.memory.predict import DTYPES, engine_of
@@ -28,8 +28,7 @@ def expected_windows(
     """
     number_format = zero.precision(recipe, on_gpu)
     engine = engine_of(recipe, workers, on_gpu)
-    adapter = recipe.adaptation.config if isinstance(recipe.adaptation, Peft) else None
-    depth, depths = blank.layers_of(config), blank.sample_depths(config, adapter)
+    depth, depths = blank.layers_of(config), blank.sample_depths(config, recipe.adaptation)
 
     def at(layers: int) -> Simulation:
         build = blank.our_policy(recipe, blank.at_depth(config, layers), DTYPES[number_format], on_gpu)

@@ -15,7 +15,7 @@ import torch
 from tunesmith.cluster.base import context_length
 from tunesmith.cluster.errors import DataError, ResourceError
 from tunesmith.cluster.fleet import GIB, Fleet
-from tunesmith.cluster.recipe.schema import Full, Peft, Recipe
+from tunesmith.cluster.recipe.schema import Full, Recipe
 from tunesmith.trainers import head, zero
 from tunesmith.trainers.memory import blank
 from tunesmith.trainers.memory.geometry import Geometry
@@ -238,8 +238,10 @@ class Planner:
             if not gc.isenabled():
                 gc.freeze()  # what the imports made stays; looking through it takes a second
             gc.enable()  # storages in reference cycles must go as they do in a run
-            adapter = recipe.adaptation.config if isinstance(recipe.adaptation, Peft) else None
-            depths, of_labels = blank.sample_depths(config, adapter), (type(recipe.adaptation), *key[1:4], *key[5:])
+            depths, of_labels = (
+                blank.sample_depths(config, recipe.adaptation),
+                (type(recipe.adaptation), *key[1:4], *key[5:]),
+            )
             labels = Shape.full(rows, length).labels
             found = self._any_size(at, blank.layers_of(config), depths, labels, of_labels)
             remember(settings, found)

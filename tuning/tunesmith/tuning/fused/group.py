@@ -78,6 +78,7 @@ class Group:
         lanes: most lanes of a row.
         device: where all of it lies.
         dtype: format of the frozen weights and of the activations.
+        spare: bytes beyond what the trials need; None where nobody can tell.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Group:
         lanes: int,
         device: torch.device,
         dtype: torch.dtype,
+        spare: int | None = None,
     ) -> None:
         self.data, self.length, self.count, self.device, self.dtype = data, length, lanes, device, dtype
         self.model: Any = models.load_frozen(recipe, base, device, dtype)
@@ -106,7 +108,7 @@ class Group:
         self.is_steady = lanes == 1 or self._probe(Adapter(self.layout, recipe, device))
         """Whether a lane's numbers are the same to the bit however many lanes the row has; if not, all rows have all lanes."""
         if self.is_steady:
-            self.prefix = self._shared_prefix(targets)
+            self.prefix = self._shared_prefix(targets, spare)
 
     def tick(self, trials: Sequence[Trial]) -> list[Trial]:
         """One forward and backward for the next units of these trials; returns those whose numbers are no longer finite.
@@ -269,11 +271,12 @@ class Group:
         with self.prefix.above():
             return self.model.base_model(inputs_embeds=embeds_NCD.flatten(0, 1)[None], **where).last_hidden_state[0]
 
-    def _shared_prefix(self, targets: Sequence[str]) -> Prefix | None:
+    def _shared_prefix(self, targets: Sequence[str], spare: int | None) -> Prefix | None:
         depth = frozen_depth(self.model, targets)
         if depth == 0:
             return None
-        prefix = Prefix(self.model, depth, self.count * self.length, int(SHARE * free_bytes(self.device)))
+        limit = int(SHARE * free_bytes(self.device))
+        prefix = Prefix(self.model, depth, self.count * self.length, limit if spare is None else min(limit, spare))
         return prefix if prefix.is_sound(self.data.train, 0) else None
 
 

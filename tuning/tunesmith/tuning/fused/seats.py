@@ -67,7 +67,7 @@ class _SeatClass(ActorClass):
     _numbers = count()
 
     def __init__(self, host: Any, trainable: Any) -> None:
-        self._host, self._trainable = host, trainable
+        self._host, self._trainable = host, ray.put(trainable)
 
     def options(self, **_: Any) -> _SeatClass:
         """A seat needs nothing of its own."""
@@ -76,7 +76,7 @@ class _SeatClass(ActorClass):
     def remote(self, **settings: Any) -> Any:
         """A new seat, on which the trial is made."""
         number = next(self._numbers)
-        return _Seat(self._host, number, self._host.sit.remote(number, ray.put(self._trainable), settings))
+        return _Seat(self._host, number, self._host.sit.remote(number, self._trainable, settings))
 
 
 class _Seat:

@@ -17,12 +17,11 @@ class Ready:
     """What a worker says once it has its base.
 
     Attributes:
-        lanes: of a row; fewer than were wanted where they would not fit.
         baseline: held-out loss of the base alone; None without held-out rows.
+        largest: rank that fits.
         too_large: why ranks above `largest` cannot be trained here; empty when all can.
     """
 
-    lanes: int
     baseline: float | None
     largest: int
     too_large: str = ""

@@ -56,7 +56,7 @@ class Adapter:
         self.scale = spec.lora_alpha / spec.rank
         self.dropout = spec.lora_dropout
         self.weights = nn.Parameter(torch.zeros(layout.size * self.bucket, device=device))
-        self.gradient = torch.zeros_like(self.weights)
+        self.gradient: Tensor | None = None
         self.max_norm = train.max_grad_norm
         self.optimizer = torch.optim.AdamW(
             [self.weights],
@@ -72,16 +72,20 @@ class Adapter:
         a_DR, b_RO = self.layout.spans[name].matrices(self.weights.detach(), self.bucket)
         return a_DR[:, : self.rank].mT, b_RO[: self.rank].mT
 
+    def gather(self, gradient_P: Tensor) -> None:
+        """Adds to the gradient of the current optimizer step; the vector is the adapter's from here on."""
+        self.gradient = gradient_P if self.gradient is None else self.gradient.add_(gradient_P)
+
     def update(self, learning_rate: float) -> float:
-        """One optimizer step with the gathered gradient, which is emptied; returns its norm before clipping."""
+        """One optimizer step with the gathered gradient, which is let go; returns its norm before clipping."""
+        assert self.gradient is not None, "no unit has brought a gradient"
         norm = self.gradient.norm()
         if self.max_norm:
             self.gradient *= (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.weights.grad = self.gradient
         self.optimizer.step()
-        self.weights.grad = None
-        self.gradient.zero_()
+        self.weights.grad = self.gradient = None
         return float(norm)
 
     def state(self) -> dict[str, Tensor]:
@@ -159,7 +163,7 @@ class Trial:
 
     def take(self, unit: Unit, loss: float, gradient_P: Tensor) -> bool:
         """Takes in what a unit has brought, and ends the optimizer step with its last; returns whether all was finite."""
-        self.adapter.gradient += gradient_P
+        self.adapter.gather(gradient_P)
         self.sums.loss += loss
         self.sums.tokens += int(self.data.train.lengths[list(unit.examples)].sum())
         if not math.isfinite(loss):
@@ -167,6 +171,7 @@ class Trial:
         return self._end_step(unit) if unit.is_last else True
 
     def _end_step(self, unit: Unit) -> bool:
+        assert self.adapter.gradient is not None
         if not bool(torch.isfinite(self.adapter.gradient.sum())):
             return False
         rate = self.schedule.learning_rate(self.step)

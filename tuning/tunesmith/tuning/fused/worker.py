@@ -10,34 +10,32 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tunesmith.cluster.base import BaseRef
-from tunesmith.cluster.errors import ModelError, NonFiniteError, ResourceError, StoppedError, TunesmithError
+from tunesmith.cluster.errors import NonFiniteError, StoppedError, TunesmithError
 from tunesmith.cluster.metrics import MetricsLog
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.resources import Need, Node
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers import models, zero
-from tunesmith.trainers.adaptations import lora
 from tunesmith.trainers.data.prepare import open_prepared
-from tunesmith.trainers.memory.choose import changed
 from tunesmith.trainers.worker import log_to
-from tunesmith.tuning.feasible import side_by_side, why_not
 from tunesmith.tuning.fused import states
 from tunesmith.tuning.fused.begin import begin
 from tunesmith.tuning.fused.export import export
 from tunesmith.tuning.fused.group import Group
-from tunesmith.tuning.fused.lanes import bucket_of
+from tunesmith.tuning.fused.room import Asked, adapted_layers, find_room, together
 from tunesmith.tuning.fused.shell import Ready
 from tunesmith.tuning.fused.trial import Trial
+from tunesmith.tuning.members import figures_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -148,36 +146,19 @@ class Worker:
 
     def _load(self) -> Ready:
         settings = self.settings
-        recipe = Recipe.model_validate(settings.recipe)
-        if recipe.train.gradient_checkpointing == "auto":
-            recipe = changed(recipe, {"train.gradient_checkpointing": False})
-            try:
-                lanes, largest, too_large = self._room(recipe)
-            except ResourceError:
-                recipe = changed(recipe, {"train.gradient_checkpointing": True})
-        lanes, largest, too_large = self._room(recipe)
-        targets = _targets(models.skeleton(self.base), settings.targets)
-        dtype = DTYPES[zero.precision(recipe, self.device.type == "cuda")]
-        self.group = Group(recipe, self.base, self.data, targets, settings.length, lanes, self.device, dtype)
-        baseline = self.group.held_out_loss(None) if self.group.held_out else None
-        return Ready(lanes, baseline, largest, too_large)
-
-    def _room(self, recipe: Recipe) -> tuple[int, int, str]:
-        """Lanes that fit, the largest rank that fits at all, and why a larger one does not."""
-        settings, too_large = self.settings, ""
         need = Need(1, 1.0, 1.0 if self.device.type == "cuda" else 0.0)
-        for rank in sorted(settings.ranks, reverse=True):
-            lanes = settings.lanes
-            while True:
-                stand_in = side_by_side(recipe, lanes, bucket_of(rank))
-                reason = why_not(stand_in, self.base, settings.nodes, need, settings.length)
-                if reason is None:
-                    return lanes, rank, too_large
-                if lanes == settings.seeds:
-                    break
-                lanes = max(settings.seeds, lanes // 2)
-            too_large = f"rank {rank}: {reason}"
-        raise ResourceError(f"no trial fits: {too_large}", "Search smaller ranks, or lower data.max_length.")
+        skeleton = models.skeleton(self.base)
+        targets = adapted_layers(skeleton, settings.targets)
+        asked = Asked(
+            together(skeleton, settings.targets), settings.ranks, settings.length, settings.lanes, settings.seeds
+        )
+        room = find_room(Recipe.model_validate(settings.recipe), self.base, settings.nodes, need, asked)
+        dtype = DTYPES[zero.precision(room.recipe, self.device.type == "cuda")]
+        self.group = Group(
+            room.recipe, self.base, self.data, targets, settings.length, room.lanes, self.device, dtype, room.spare
+        )
+        baseline = self.group.held_out_loss(None) if self.group.held_out else None
+        return Ready(baseline, room.largest, room.too_large)
 
     def open(
         self, key: str, recipe: dict[str, Any], run: str, reports: int, step: int = 0, source: str | None = None
@@ -325,18 +306,12 @@ class Worker:
         """What is reported: of all steps since the last report, and the held-out loss now."""
         trial = member.trial
         lines, trial.lines = trial.lines, []
-        figures = {
-            "loss": sum(line["loss"] for line in lines) / len(lines),
-            "grad_norm": lines[-1]["grad_norm"],
-            "tokens_per_second": sum(line["tokens"] for line in lines) / sum(line["step_seconds"] for line in lines),
-        }
         if self.group.held_out:
-            figures["eval_loss"] = self.group.held_out_loss(trial.adapter)
-            lines[-1]["eval_loss"] = figures["eval_loss"]
+            lines[-1]["eval_loss"] = self.group.held_out_loss(trial.adapter)
         for line in lines:
             member.lines.append(line)
         member.tokens = sum(line["tokens"] for line in lines)
-        return figures
+        return figures_of(lines)
 
     def _settle(
         self, member: Member, figures: dict[str, float] | None = None, failure: TunesmithError | None = None
@@ -360,25 +335,6 @@ def _answer(job: Callable[[], Any], done: Future[Any]) -> None:
 def _share_done(member: Member) -> float:
     """What goes first where there are more trials than lanes: those that are furthest behind."""
     return member.trial.step / member.trial.total_steps
-
-
-def _targets(model: nn.Module, specs: Sequence[str | list[str]]) -> list[str]:
-    """Every layer that any trial may adapt.
-
-    Raises:
-        ModelError: one matches nothing, or a layer that is not linear.
-    """
-    names = sorted({name for spec in specs for name in lora.matches(model, spec)})
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    for name in names:
-        layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Linear) or layer is head:
-            raise ModelError(
-                f"{name} is adapted, a {'head' if layer is head else type(layer).__name__}, and only inner linear layers are "
-                "trained side by side",
-                "Set tune.execution: isolated.",
-            )
-    return names
 
 
 def _non_finite(trial: Trial) -> NonFiniteError:

@@ -1,0 +1,93 @@
+"""What the driver watches while workers train: whether they hang, and whether their machines are about to be taken away."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+import time
+
+import psutil
+
+from tunesmith.cluster.events import Listener, Warned
+from tunesmith.cluster.runs import RunFolder
+from tunesmith.cluster.session import draining_nodes
+from tunesmith.trainers.heartbeat import Beat, interval, read_beat
+from tunesmith.trainers.stall import Stall, StallWatch
+from tunesmith.trainers.worker import log_file
+
+DRAIN_POLL_S = 2.0
+
+
+class Watchman:
+    """Watches one attempt; `look` is called often and does its rounds when they are due.
+
+    Attributes:
+        stall: why the attempt was given up, once it was.
+    """
+
+    def __init__(self, folder: RunFolder, attempt: int, world: int, stall_s: float, is_local: bool) -> None:
+        self.folder, self.attempt, self.world, self.is_local = folder, attempt, world, is_local
+        self.stall: Stall | None = None
+        self._watch = StallWatch(world, stall_s)
+        self._every = min(interval(stall_s), DRAIN_POLL_S)
+        self._due = time.monotonic() + self._every
+        self._draining: set[str] = set()
+
+    def look(self, on_event: Listener) -> None:
+        """Gives the attempt up when it hangs, and has it save when a machine of it is drained."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        if self.stall is not None:
+            self._due = math.inf
+            for rank in self.stall.odd:
+                _kill(self.stall.beats[rank])
+            return
+        self._due = now + self._every
+        beats = self._beats()
+        self.stall = self._watch.look(beats, now)
+        if self.stall is not None:
+            on_event(
+                Warned(f"attempt {self.attempt} hangs: {self.stall.what}; all stacks are in {log_file(self.folder)}")
+            )
+            self._give_up(self.stall)
+            self._due = now + 3 * self._every  # those who still can write down their stacks and end themselves
+        elif not self.is_local:
+            self._look_for_drains(beats, on_event)
+
+    def _beats(self) -> dict[int, Beat]:
+        found = ((rank, read_beat(self.folder, rank)) for rank in range(self.world))
+        return {rank: beat for rank, beat in found if beat is not None and beat.attempt == self.attempt}
+
+    def _give_up(self, stall: Stall) -> None:
+        with log_file(self.folder).open("a") as log:
+            log.write(stall.report())
+        self.folder.abort_file(self.attempt).touch()
+
+    def _look_for_drains(self, beats: dict[int, Beat], on_event: Listener) -> None:
+        draining = draining_nodes()
+        for rank, beat in sorted(beats.items()):
+            if beat.node in draining and beat.node not in self._draining:
+                self._draining.add(beat.node)
+                deadline = draining[beat.node]
+                within = f" within {deadline - time.time():.0f} s" if deadline is not None else ""
+                why = f"the machine {beat.host} of rank {rank} is to be taken away{within}"
+                on_event(Warned(f"{why}: the workers save after this step"))
+                self.folder.request_stop_of(self.attempt, why)
+
+
+def _kill(beat: Beat) -> None:
+    """Ends a worker of this machine, which may be stopped and cannot end itself; Ray ends those of others."""
+    if beat.host != socket.gethostname():
+        return
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(beat.pid)
+        if process.create_time() == beat.started:
+            process.kill()
+
+
+def who(folder: RunFolder, rank: int) -> str:
+    """Which process the worker of this rank was, for a message."""
+    beat = read_beat(folder, rank)
+    return beat.who if beat is not None else "its process"
