@@ -85,6 +85,14 @@ def test_nothing_is_lent_when_nobody_knows_when_the_room_opens() -> None:
     assert decide(queue, [held("long", 3)], NODES, NOW).starts == []
 
 
+def test_room_that_is_lent_is_not_given_away_a_second_time() -> None:
+    nodes = [*NODES, Node(16, 1, name="c", gpu_kind="H100")]
+    queue = [job("eight", 8), job("brief", 5, at=1, expected_s=100), job("one", 1, at=2)]
+    decision = decide(queue, [held("long", 4, "b", remaining_s=600)], nodes, NOW)
+    assert started(decision) == {"brief": {"a": 4, "c": 1}}
+    assert decision.waits["one"] == Behind(Need(1, 1, 1), 0, "eight")
+
+
 def test_what_the_first_in_line_leaves_over_may_be_taken_for_any_time() -> None:
     running = [held("long", 4, "a", remaining_s=600), held("half", 2, "b", remaining_s=60)]
     queue = [job("four", 4), job("one", 1, at=1)]
