@@ -95,18 +95,19 @@ class _Pass:
     """What does not even fit in all that is free."""
 
     def over(self, order: Sequence[Job]) -> Decision:
-        most: dict[str, int] = {}
-        """Workers that the empty cluster holds, by gang."""
+        never: dict[str, NeverFits | None] = {}
+        """Of each gang, why it never fits, if so."""
         too_large: dict[str, Job] = {}
         """By gang, a job that did not fit where it would be in nobody's way."""
         waiting: list[Job] = []
         hopeless: dict[str, Reason] = {}
         for job in order:
             gang = job.gang
-            if gang not in most:
-                most[gang] = self.cluster.fit(job, self.cluster.total_N3)
-            if most[gang] < job.need.workers:
-                hopeless[job.id] = NeverFits(job.need, most[gang])
+            if gang not in never:
+                most = self.cluster.fit(job, self.cluster.total_N3)
+                never[gang] = NeverFits(job.need, most) if most < job.need.workers else None
+            if (why := never[gang]) is not None:
+                hopeless[job.id] = why
             elif gang not in too_large and (placed := self._place(job)) is not None:
                 self._start(job, placed)
             elif (placed := self._borrow(job)) is not None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 from tunesmith.cluster.progress import duration
 from tunesmith.cluster.resources import Need
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """A job that asks for a gang of equal workers: all of them at once, or none."""
 
@@ -31,11 +30,13 @@ class Job:
     expected_s: float | None = None
     """How long it will run, if anybody knows."""
 
-    @cached_property
-    def gang(self) -> str:
-        """All that decides where it fits, as a key: jobs of equal gangs share it, and its hash is computed once."""
+    gang: str = field(init=False, repr=False, compare=False)
+    """All that decides where it fits, as a key: jobs of equal gangs share it, and its hash is computed once."""
+
+    def __post_init__(self) -> None:
         need = self.need
-        return sys.intern(f"{need.workers}*{need.cpus}/{need.gpus}/{need.memory_gib}/{self.gpu_kind}")
+        gang = f"{need.workers}*{need.cpus}/{need.gpus}/{need.memory_gib}/{self.gpu_kind}"
+        object.__setattr__(self, "gang", sys.intern(gang))
 
 
 @dataclass(frozen=True)
