@@ -9,7 +9,17 @@ from typing import Any
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-ORDER = ("sft_throughput", "label_head", "startup", "checkpoint_stall", "mixed_lora", "serving", "fused_steps", "sweep")
+ORDER = (
+    "sft_throughput",
+    "label_head",
+    "startup",
+    "checkpoint_stall",
+    "mixed_lora",
+    "serving",
+    "fused_steps",
+    "sweep",
+    "scheduler",
+)
 ONLY = {"serving": "64 adapters"}
 """Of a benchmark with many lines, those that the table shows; all are in results/."""
 

@@ -23,6 +23,7 @@ HOMES = {
     "deepspeed": {"engine", "checkpoint_files", "export"},
     "ray": {
         *("deployment", "fit", "lean", "rendezvous", "service"),
+        *("jobs.client", "jobs.desk", "jobs.driver", "local_node"),
         *("fused.seats", "fused.training", "isolated", "logical", "running", "scheduling", "search", "trainers"),
     },
     "vllm": {"engines.vllm", "engines.vllm_lora"},

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tunesmith.cluster import job_commands
 from tunesmith.cluster.kube import commands as kube
 from tunesmith.serving import commands
 
@@ -256,6 +257,11 @@ def _k8s_documents(wanted: kube.Wanted) -> list[dict[str, Any]]:
 
 kube.add_render(_k8s_documents)
 app.add_typer(kube.k8s, name="k8s")
+for command in (
+    *(job_commands.submit, job_commands.jobs, job_commands.describe, job_commands.logs, job_commands.stop),
+    *(job_commands.artifacts, job_commands.up, job_commands.down, job_commands.status),
+):
+    app.command()(command)
 app.command()(commands.serve)
 app.command()(commands.chat)
 app.command()(commands.certify)

@@ -108,16 +108,9 @@ class RaySession:
         import ray
 
         alive = [node for node in ray.nodes() if node["Alive"]]
-        return [
-            Node(
-                cpus=node["Resources"].get("CPU", 0),
-                gpus=node["Resources"].get("GPU", 0),
-                memory_gib=node["Resources"].get("memory", 0) / GIB,
-                name="this machine" if self.local and len(alive) == 1 else f"node {node['NodeManagerAddress']}",
-                gpu_kind="" if self.local else _gpu_kind(node["Resources"]),
-            )
-            for node in alive
-        ]
+        if self.local:
+            return [_node(node, "this machine" if len(alive) == 1 else _shown(node), "") for node in alive]
+        return [_node(node, _shown(node), _gpu_kind(node["Resources"])) for node in alive]
 
     def close(self) -> None:
         """Ends the Ray that `start` began, or leaves the cluster it joined."""
@@ -181,7 +174,7 @@ class RaySession:
             ray.init(address=self.address, **quiet)
             return True
         machine = this_machine()
-        self._folder = _short_temporary_folder()
+        self._folder = short_temporary_folder()
         wanted: dict[str, Any] = {
             "num_cpus": int(machine.cpus),
             "num_gpus": int(machine.gpus),
@@ -221,6 +214,23 @@ class RaySession:
             if value is None:
                 os.environ.pop(name, None)
         self._saved_environment.clear()
+
+
+def live_nodes() -> list[Node]:
+    """The live nodes of the Ray that this process is connected to, named by Ray's ids."""
+    import ray
+
+    return [_node(node, node["NodeID"], _gpu_kind(node["Resources"])) for node in ray.nodes() if node["Alive"]]
+
+
+def _node(described: dict[str, Any], name: str, gpu_kind: str) -> Node:
+    resources = described["Resources"]
+    memory_gib = resources.get("memory", 0) / GIB
+    return Node(resources.get("CPU", 0), resources.get("GPU", 0), memory_gib, name, gpu_kind)
+
+
+def _shown(described: dict[str, Any]) -> str:
+    return f"node {described['NodeManagerAddress']}"
 
 
 def draining_nodes() -> dict[str, float | None]:
@@ -312,7 +322,7 @@ def _token_exists() -> bool:
     return False
 
 
-def _short_temporary_folder() -> Path:
+def short_temporary_folder() -> Path:
     folder = tempfile.gettempdir()
     return Path(
         tempfile.mkdtemp(prefix="tunesmith-", dir=folder if len(folder) <= LONGEST_TEMPORARY_FOLDER - 19 else "/tmp")

@@ -1,0 +1,203 @@
+"""Jobs from outside: everything goes through Ray's jobs API, with the cluster's token, from wherever its port can be reached."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from tunesmith.cluster.errors import ChangedError, ResourceError, UsageError
+from tunesmith.cluster.jobs.spec import METADATA_KEY, STOP_GRACE_S, JobSpec, job_id, prefix
+from tunesmith.cluster.jobs.states import Seen, state_of
+from tunesmith.cluster.local import token_for
+from tunesmith.cluster.runstore import JobRecord, RunStore
+
+ENTRYPOINT = "exec python -m tunesmith.cluster.jobs.driver"
+PATIENCE_S = 180.0
+"""How long a head may be away, because it is being restarted, before a submission gives up."""
+RETRY_S = 1.0
+FREE_AFTER = ("failed", "stopped", "lost")
+"""Ends after which a key stands for the next job of its run."""
+
+
+class Cluster:
+    """A Ray cluster's jobs."""
+
+    def __init__(
+        self, address: str, patience_s: float = PATIENCE_S, tell: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """
+        Args:
+            address: of the dashboard, as in http://127.0.0.1:8265.
+            patience_s: how long to try while nothing answers.
+            tell: is told that it does not.
+
+        Raises:
+            ResourceError: nothing answers there, or the token is not taken.
+        """
+        self.address = address if "://" in address else f"http://{address}"
+        self._patience_s, self._tell = patience_s, tell
+        logging.getLogger("ray").setLevel(logging.ERROR)  # it says when a log has ended
+        token = token_for(self.address)
+        headers = {"Authorization": f"Bearer {token}"} if token else None
+        self._client = self._patiently(lambda: JobSubmissionClient(self.address, headers=headers))
+
+    def submit(
+        self, spec: JobSpec, store: RunStore, runtime_env: dict[str, Any], grace_s: int = STOP_GRACE_S
+    ) -> JobRecord:
+        """Submits a job, or returns the one that its idempotency key already stands for.
+
+        A key stands for a job that has not ended, or that has succeeded. After any other end it is free for the next one,
+        which goes on with the same run. Ray refuses a second job of one name, so of many that submit at once one wins, and
+        trying again after an answer was lost does no harm.
+
+        Raises:
+            ChangedError: the key stands for a job with another recipe.
+            ResourceError: the cluster does not answer.
+        """
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            known = self._latest(spec.record, store)
+            if known is not None and known.state not in FREE_AFTER:
+                if known.recipe != spec.record.recipe:
+                    raise ChangedError(
+                        f"job {known.id} of the same key is {known.state} with another recipe",
+                        "Stop it first, give the run another name, or submit with another --key.",
+                    )
+                return known
+            number = 1 if known is None else known.number + 1
+            record = spec.record.model_copy(
+                update={
+                    "id": job_id(spec.record.run, spec.record.key, number),
+                    "number": number,
+                    "cluster": self.address,
+                }
+            )
+            whole = spec.model_copy(update={"record": record})
+            try:
+                self._client.submit_job(
+                    entrypoint=ENTRYPOINT,
+                    submission_id=record.id,
+                    metadata={METADATA_KEY: whole.model_dump_json()},
+                    runtime_env=_with_grace(runtime_env, grace_s),
+                )
+            except (OSError, RuntimeError) as error:
+                if "already exists" not in str(error) and time.monotonic() > deadline:
+                    raise self._unreachable(error) from error
+                time.sleep(RETRY_S)  # another one was faster, or the head is away: what it knows then decides
+                continue
+            return store.add(record, f"submitted to {self.address} by {record.user}")
+
+    def look(self) -> tuple[dict[str, Seen], dict[str, JobRecord]]:
+        """What Ray says of every job of ours, and what was submitted, by id."""
+        found = [(one, spec) for one in self._patiently(self._client.list_jobs) if (spec := _spec(one))]
+        alive = self._patiently(self._live_nodes)
+        records = {spec.record.id: spec.record for _, spec in found}
+        return {spec.record.id: _seen(one, alive) for one, spec in found}, records
+
+    def stop(self, id: str) -> None:
+        """Asks a job to save and stop; Ray ends it when its grace is over."""
+        self._patiently(lambda: self._client.stop_job(id))
+
+    def log(self, id: str) -> str:
+        """All that a job has printed, from the node of its driver."""
+        return self._client.get_job_logs(id)
+
+    def follow(self, id: str) -> Iterator[str]:
+        """What a job prints, until it ends. While its node does not answer it is asked again, and nothing is said twice.
+
+        The whole log is fetched each time: it holds what the driver says, a few kilobytes an hour. What workers print does not
+        come here.
+        """
+        said = 0
+        while True:
+            ended = self._patiently(lambda: self._client.get_job_status(id)).is_terminal()
+            whole = self._patiently(lambda: self.log(id))
+            yield whole[said:]
+            said = len(whole)
+            if ended:
+                return
+            time.sleep(RETRY_S)
+
+    def _latest(self, record: JobRecord, store: RunStore) -> JobRecord | None:
+        """The newest job of the key, in its true state. One look at the cluster decides: between two, others submit.
+
+        The store is read first. What it knows was on the cluster before; if it is not there afterwards, the cluster has lost it.
+        """
+        start = prefix(record.run, record.key)
+        known = {one.id: one for one in store.jobs() if one.id.startswith(start)}
+        seen, records = self.look()
+        known = {id: one for id, one in records.items() if id.startswith(start)} | known
+        if not known:
+            return None
+        last = max(known.values(), key=lambda one: one.number)
+        state, why = state_of(last, seen.get(last.id), time.time())
+        return last.model_copy(update={"state": state, "why": why})
+
+    def _live_nodes(self) -> set[str]:
+        """Ids of the nodes that live. A restarted head still believes for half a minute in the one that it was before."""
+        answer = self._client._do_request("GET", "/nodes?view=summary")
+        answer.raise_for_status()
+        nodes = [node["raylet"] for node in answer.json()["data"]["summary"]]
+        heads = sorted((int(node["startTimeMs"]), node["nodeId"]) for node in nodes if node.get("isHeadNode"))
+        gone = {id for _, id in heads[:-1]}
+        return {node["nodeId"] for node in nodes if node.get("state") == "ALIVE"} - gone
+
+    def _patiently(self, call: Callable[[], Any]) -> Any:
+        deadline, told = time.monotonic() + self._patience_s, False
+        while True:
+            try:
+                return call()
+            except (OSError, RuntimeError, AuthenticationError) as error:
+                if "does not exist" in str(error):
+                    raise UsageError(
+                        f"the cluster at {self.address} knows no such job", "`tunesmith jobs` lists them."
+                    ) from error
+                if time.monotonic() > deadline or _refused(error):
+                    raise self._unreachable(error) from error
+                if not told:
+                    self._tell(f"{self.address} does not answer; trying for {self._patience_s:.0f} s")
+                    told = True
+                time.sleep(RETRY_S)
+
+    def _unreachable(self, error: BaseException) -> ResourceError:
+        what = str(error).strip().partition("\n")[0]
+        if _refused(error):
+            return ResourceError(
+                f"the cluster at {self.address} does not take this token: {what}",
+                "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token.",
+            )
+        return ResourceError(
+            f"no cluster answers at {self.address}: {what}",
+            "Check the address (of the dashboard, as in http://127.0.0.1:8265), and whether its head is up.",
+        )
+
+
+def _refused(error: BaseException) -> bool:
+    return isinstance(error, AuthenticationError)
+
+
+def _with_grace(runtime_env: dict[str, Any], grace_s: int) -> dict[str, Any]:
+    variables = {
+        **runtime_env.get("env_vars", {}),
+        "RAY_JOB_STOP_SIGNAL": "SIGTERM",
+        "RAY_JOB_STOP_WAIT_TIME_S": str(grace_s),
+    }
+    return {**runtime_env, "env_vars": variables}
+
+
+def _spec(details: JobDetails) -> JobSpec | None:
+    written = (details.metadata or {}).get(METADATA_KEY)
+    return JobSpec.model_validate_json(written) if written else None
+
+
+def _seen(details: JobDetails, alive: set[str]) -> Seen:
+    ended = details.status.is_terminal()
+    node_gone = details.status == JobStatus.RUNNING and details.driver_node_id not in alive
+    never_ended = details.status == JobStatus.FAILED and details.driver_node_id and details.driver_exit_code is None
+    driver_lost = bool(node_gone or never_ended)
+    return Seen(str(details.status), details.message or "", details.driver_exit_code, ended, driver_lost)

@@ -1,0 +1,155 @@
+"""Where jobs of a cluster ask for their turn: one actor that knows who waits and who runs, and lets `queue.decide` decide.
+
+Every driver says each second what its job asks for and whether it holds workers, and is told what to do. Whoever is not heard of for
+`LEASE_S` is gone, and its workers with it. So the desk has nothing to remember but how much each user has taken; one that was
+restarted listens for as long before it lets anybody start.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray._private.state import available_resources_per_node
+
+from tunesmith.cluster.queue.decide import decide
+from tunesmith.cluster.queue.shares import Usage, dominant_share
+from tunesmith.cluster.queue.state import Behind, Job, Policy, Running
+from tunesmith.cluster.resources import GIB, Node
+from tunesmith.cluster.session import draining_nodes, live_nodes
+
+NAME, NAMESPACE = "tunesmith-desk", "tunesmith"
+LEASE_S = 20.0
+DECIDE_S = 0.5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a driver is to do."""
+
+    act: str
+    """`wait`, `start`, `go on` or `save`."""
+    why: str = ""
+
+
+@dataclass
+class _Ticket:
+    job: Job
+    heard_at: float
+    running: Running | None = None
+
+
+class Desk:
+    """The actor. All times are of this process's own clock, which never goes back."""
+
+    def __init__(self, policy: Policy | None = None, lease_s: float = LEASE_S) -> None:
+        self._lease_s = lease_s
+        self._policy = policy or Policy()
+        self._usage = Usage(self._policy.half_life_s)
+        self._tickets: dict[str, _Ticket] = {}
+        self._reasons: dict[str, str] = {}
+        self._decided_at = 0.0
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        self._opens_at = time.monotonic() + (lease_s if again else 0.0)
+
+    def ask(self, job: Job, waited_s: float, holds: bool, remaining_s: float | None) -> Answer:
+        """A driver tells of its job and is told what to do.
+
+        Args:
+            job: with any `submitted_at`.
+            waited_s: since it was submitted.
+            holds: whether it has been told to start, and has not ended since.
+            remaining_s: how long it still runs, if it knows.
+        """
+        now = time.monotonic()
+        ticket = self._tickets.setdefault(job.id, _Ticket(replace(job, submitted_at=now - waited_s), now))
+        ticket.heard_at = now
+        if holds and ticket.running is None:  # the desk is new, or has lost it: where its workers are, Ray knows
+            ticket.running = Running(ticket.job, {}, now)
+        if ticket.running is not None:
+            ticket.running = replace(ticket.running, remaining_s=remaining_s)
+        if now - self._decided_at >= DECIDE_S:
+            self._decide(now)
+        if ticket.running is None:
+            return Answer("wait", self._reasons.get(job.id, "the queue looks at it in a moment"))
+        if ticket.running.saving:
+            return Answer("save", self._reasons.get(job.id, ""))
+        return Answer("go on" if holds else "start")
+
+    def leave(self, id: str) -> None:
+        """A job has ended, or waits no more."""
+        ticket = self._tickets.pop(id, None)
+        if ticket is not None:
+            self._release(ticket, time.monotonic())
+
+    def _release(self, ticket: _Ticket, now: float) -> None:
+        if ticket.running is not None:
+            share = dominant_share(ticket.job.need, _totals(live_nodes()))
+            self._usage.charge(ticket.job.user, share, ticket.running.started_at, now)
+            ticket.running = None
+
+    def _decide(self, now: float) -> None:
+        self._decided_at = now
+        for id in [id for id, ticket in self._tickets.items() if now - ticket.heard_at > self._lease_s]:
+            self.leave(id)
+        waiting = [ticket.job for ticket in self._tickets.values() if ticket.running is None]
+        if now < self._opens_at:
+            why = f"the queue was restarted and listens for {self._opens_at - now:.0f} s more who is still at work"
+            self._reasons = {job.id: why for job in waiting}
+            return
+        running = [ticket.running for ticket in self._tickets.values() if ticket.running is not None]
+        decision = decide(waiting, running, _ours(running), now, self._usage.now(now), self._policy)
+        self._reasons = {
+            id: f"{place}. in line: {reason}" if isinstance(reason, Behind) else str(reason)
+            for place, (id, reason) in enumerate(decision.waits.items(), 1)
+        }
+        for start in decision.starts:
+            ticket = self._tickets[start.job.id]
+            ticket.running = Running(ticket.job, start.placed, now, start.job.expected_s, lent_until=start.lent_until)
+        for preempt in decision.preempts:
+            victim = self._tickets[preempt.victim.id]
+            assert victim.running is not None, f"{preempt.victim.id} holds nothing that it could give back"
+            victim.running = replace(victim.running, saving=True)
+            self._reasons[preempt.victim.id] = f"makes room for {preempt.beneficiary.id}"
+
+
+def _ours(running: list[Running]) -> list[Node]:
+    """What each node has for jobs of the queue: all that nobody else holds, as Ray sees it."""
+    free, draining = available_resources_per_node(), draining_nodes()
+    nodes = []
+    for node in live_nodes():
+        if node.name in draining:
+            continue  # what would start there would be told to save at once
+        left = free.get(node.name, {})
+        held = [(one.job.need, one.placed[node.name]) for one in running if node.name in one.placed]
+        cpus = node.cpus - left.get("CPU", 0.0) - sum(need.cpus * workers for need, workers in held)
+        gpus = node.gpus - left.get("GPU", 0.0) - sum(need.gpus * workers for need, workers in held)
+        memory = node.memory_gib - left.get("memory", 0.0) / GIB - sum(n.memory_gib * workers for n, workers in held)
+        others = (max(0.0, cpus), max(0.0, gpus), max(0.0, memory))
+        nodes.append(
+            replace(
+                node,
+                cpus=node.cpus - others[0],
+                gpus=node.gpus - others[1],
+                memory_gib=node.memory_gib - others[2],
+            )
+        )
+    return nodes
+
+
+def _totals(nodes: list[Node]) -> tuple[float, float, float]:
+    return (
+        sum(node.cpus for node in nodes),
+        sum(node.gpus for node in nodes),
+        sum(node.memory_gib for node in nodes),
+    )
+
+
+def find_desk() -> Any:
+    """The desk of the cluster that this process is connected to; made if it is not there. It needs no CPU of its own."""
+    made = ray.remote(Desk).options(
+        name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, max_restarts=-1, num_cpus=0
+    )
+    return made.remote()

@@ -1,0 +1,48 @@
+"""`tunesmith up`, `down` and `status`, as they read."""
+
+from __future__ import annotations
+
+import typer
+
+from tunesmith.cluster import local
+from tunesmith.cluster.console import print_json, say, stderr, stdout
+
+
+def up(nodes: int, cpus: int | None, gpus: int, as_json: bool) -> None:
+    """Starts a cluster and says how to use it."""
+    with stderr().status(f"starting {nodes} node{'s' if nodes > 1 else ''} …"):
+        known = local.up(nodes, cpus, gpus)
+    if as_json:
+        print_json(known.as_json())
+        return
+    say(stderr(), _shown(known) + "\n`tunesmith submit RECIPE` hands it a run, `tunesmith down` ends it")
+
+
+def down(as_json: bool) -> None:
+    """Ends the cluster, if there is one."""
+    ended = local.down()
+    if as_json:
+        print_json({"ended": [] if ended is None else [one.pid for one in ended.members]})
+    else:
+        say(stderr(), "no cluster is up" if ended is None else f"{len(ended.members)} nodes ended")
+
+
+def status(as_json: bool) -> None:
+    """Shows the cluster; exits with 1 when there is none, or not all of it."""
+    known = local.find()
+    if as_json:
+        print_json({} if known is None else known.as_json())
+    elif known is None:
+        say(stderr(), "no cluster is up; `tunesmith up` starts one")
+    else:
+        say(stdout(), _shown(known))
+    if known is None or not all(one.alive for one in known.members):
+        raise typer.Exit(1)
+
+
+def _shown(known: local.Local) -> str:
+    lines = [f"dashboard {known.dashboard} · address {known.address} · token {known.token_file}"]
+    for one in known.members:
+        state = f"process {one.pid}" if one.alive else "dead: `tunesmith up` brings it back"
+        lines.append(f"{one.spec.name}: {one.spec.cpus} CPUs, {one.spec.gpus} GPUs, {state}")
+    return "\n".join(lines)

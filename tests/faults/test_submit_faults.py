@@ -1,0 +1,119 @@
+"""Heads and drivers that die while jobs are submitted and at work. A job is one run, and none says running for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cluster_here
+import psutil
+import pytest
+import small_runs
+from cluster_here import jobs, small_job, told, tunesmith, wait_for_state, wait_until
+
+from tunesmith.cluster import local
+from tunesmith.cluster.local import Local
+from tunesmith.cluster.runs import RunFolder
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    with cluster_here.cluster_here(tmp_path_factory.mktemp("state")) as known:
+        yield known
+
+
+def kill_head() -> None:
+    """All processes of the head's node at once, as when its machine is switched off."""
+    known = local.find()
+    assert known is not None
+    os.killpg(known.members[0].pid, signal.SIGKILL)
+    wait_until_gone(known.members[0])
+
+
+def wait_until_gone(member: local.Member) -> None:
+    deadline = time.monotonic() + 30
+    while member.alive:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def bring_back(here: Local) -> None:
+    local.up(len(here.members), here.head.cpus, here.head.gpus)
+
+
+def driver_pid(here: Local) -> int:
+    known = local.find()
+    assert known is not None
+    below = small_runs.processes_below(known.members[0].pid)
+    (pid,) = (pid for pid in below if "jobs.driver" in " ".join(psutil.Process(pid).cmdline()))
+    return pid
+
+
+def test_a_killed_head_loses_a_job_that_says_so_and_goes_on_and_submissions_meanwhile_are_one_run(
+    here: Local, tmp_path: Path, tiny_base: Path
+) -> None:
+    recipe = small_job(tmp_path, tiny_base, "beheaded", epochs=20)
+    run = RunFolder(tmp_path / "runs" / "beheaded")
+    first = told("submit", str(recipe))["id"]
+    wait_until(lambda: run.newest_step() >= 3, "a checkpoint")
+    kill_head()
+    assert jobs()[first]["why"].endswith("the cluster does not answer now")
+    saved = run.newest_step()
+
+    with ThreadPoolExecutor(6) as pool:
+        submitted = [pool.submit(told, "submit", str(recipe)) for _ in range(6)]
+        time.sleep(2)
+        bring_back(here)
+        answers = [one.result() for one in submitted]
+    assert len({one["id"] for one in answers}) == 1
+    second = answers[0]
+    assert (second["number"], [one["new"] for one in answers].count(True)) == (2, 1)
+    assert jobs()[first]["state"] == "lost"
+    assert "goes on from its newest checkpoint" in jobs()[first]["why"]
+
+    wait_for_state(second["id"], "succeeded")
+    assert f"goes on from step {saved}" in tunesmith("logs", second["id"]).stdout
+    assert "saved at" in tunesmith("logs", first).stdout
+    steps = [line[0] for line in small_runs.what_was_learned(run.root) if line[1] is not None]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.matrix
+def test_a_killed_driver_ends_its_job_and_leaves_no_worker_and_the_next_goes_on(
+    here: Local, tmp_path: Path, tiny_base: Path
+) -> None:
+    recipe = small_job(tmp_path, tiny_base, "shot", epochs=20)
+    run = RunFolder(tmp_path / "runs" / "shot")
+    first = told("submit", str(recipe))["id"]
+    wait_until(lambda: small_runs.last_step(run.root) >= 4, "step 4")
+    workers = [small_runs.worker_pid(run.root, rank) for rank in (0, 1)]
+    os.kill(driver_pid(here), signal.SIGKILL)
+    assert wait_for_state(first, "failed", "lost")
+    small_runs.wait_for_end_of(workers, patience_s=120)
+    second = told("submit", str(recipe))
+    assert second["number"] == 2
+    wait_for_state(second["id"], "succeeded")
+    assert "goes on from step" in tunesmith("logs", second["id"]).stdout
+
+
+@pytest.mark.matrix
+def test_following_a_log_goes_on_through_a_restart_of_the_head_and_nothing_is_said_twice(
+    here: Local, tmp_path: Path, tiny_base: Path
+) -> None:
+    recipe = small_job(tmp_path, tiny_base, "told", epochs=20)
+    first = told("submit", str(recipe))["id"]
+    wait_until(lambda: small_runs.last_step(tmp_path / "runs" / "told") >= 2, "step 2")
+    with ThreadPoolExecutor(1) as pool:
+        followed = pool.submit(tunesmith, "logs", "-f", first)
+        time.sleep(4)
+        kill_head()
+        bring_back(here)
+        done = followed.result()
+    assert done.returncode == 0, done.stderr
+    assert jobs()[first]["state"] == "lost"
+    kept = (tmp_path / "runs" / "told" / "jobs" / f"{first}.log").read_text()
+    assert done.stdout == kept

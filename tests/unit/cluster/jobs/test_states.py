@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+
+from tunesmith.cluster.jobs.states import Seen, state_of
+from tunesmith.cluster.runstore import HEARD_S, JobRecord
+
+NOW = 10_000.0
+RUNNING = Seen("RUNNING", "Job is currently running.")
+
+
+def record(state: str = "running", heard_ago: float = 1.0, **fields) -> JobRecord:
+    known = {"id": "bot-1", "key": "bot", "number": 1, "run": "bot", "folder": "/runs/bot", "user": "ann"}
+    return JobRecord(**known, state=state, submitted_at=NOW - 5000, heard_at=NOW - heard_ago, **fields)
+
+
+@pytest.mark.parametrize(
+    ("known", "seen", "reachable", "state", "says"),
+    [
+        (record("queued", why="no room"), RUNNING, True, "queued", "no room"),
+        (record("submitted"), RUNNING, True, "running", ""),
+        (record("submitted"), Seen("PENDING"), True, "submitted", "Ray is starting its driver"),
+        (record(), Seen("SUCCEEDED", exit_code=0, ended=True), True, "succeeded", ""),
+        (record(), Seen("FAILED", "it broke\nhere", 1, True), True, "failed", "it broke"),
+        (record(), Seen("FAILED", "exit code 75", 75, True), True, "stopped", "goes on from its newest checkpoint"),
+        (record(), Seen("STOPPED", ended=True), True, "stopped", "goes on from its newest checkpoint"),
+        (
+            record(),
+            Seen("RUNNING", driver_lost=True),
+            True,
+            "lost",
+            "its driver is gone, with the node that it ran on; submit it",
+        ),
+        (record(), Seen("FAILED", "died", ended=True, driver_lost=True), True, "lost", "its driver is gone"),
+        (record(), None, True, "lost", "the cluster knows no such job any more"),
+        (record(heard_ago=HEARD_S + 1), RUNNING, True, "running", "was not heard of for 2m 01s"),
+        (record(), None, False, "running", "the cluster does not answer now"),
+        (
+            record(heard_ago=HEARD_S + 1),
+            None,
+            False,
+            "lost",
+            "neither the cluster nor its driver was heard of for 2m 01s",
+        ),
+        (record("succeeded", why="whole"), Seen("RUNNING", driver_lost=True), True, "succeeded", "whole"),
+    ],
+)
+def test_the_state_is_what_is_known_together(
+    known: JobRecord, seen: Seen | None, reachable: bool, state: str, says: str
+) -> None:
+    judged, why = state_of(known, seen, NOW, reachable)
+    assert judged == state
+    assert says in why
+
+
+@pytest.mark.parametrize("state", ["submitted", "queued", "running", "saving"])
+def test_none_is_at_work_for_ever_when_everything_it_hung_on_is_gone(state: str) -> None:
+    silent = record(state, heard_ago=HEARD_S + 1)
+    assert state_of(silent, None, NOW, reachable=False)[0] == "lost"
+    assert state_of(silent, None, NOW)[0] == "lost"
+    assert state_of(silent, Seen("RUNNING", driver_lost=True), NOW)[0] == "lost"
