@@ -23,7 +23,17 @@ HOMES = {
     "deepspeed": {"engine", "checkpoint_files", "export"},
     "ray": {
         *("fit", "lean", "rendezvous", "service"),
-        *("fused.seats", "fused.training", "isolated", "logical", "running", "scheduling", "search", "trainers"),
+        *(
+            "doctor.census",
+            "fused.seats",
+            "fused.training",
+            "isolated",
+            "logical",
+            "running",
+            "scheduling",
+            "search",
+            "trainers",
+        ),
     },
     "vllm": {"engines.vllm", "engines.vllm_lora"},
 }
