@@ -101,8 +101,7 @@ def test_a_cluster_that_takes_anybodys_jobs_fails(tmp_path: Path):
     with two_nodes(**careless) as address:
         code, report, said = doctor(address, tmp_path, **careless)
     assert code == 1
-    modes, shown = told(report, "token")
-    assert (modes["verdict"], shown["verdict"]) == ("warning", "failure")
-    assert "RAY_AUTH_MODE is disabled" in modes["what"]
-    assert "shows its jobs to anybody (HTTP 200 without a token)" in shown["what"]
-    assert "findings are failures: token" in said or "token" in said
+    wrong = {one["verdict"]: one["what"] for one in told(report, "token") if one["verdict"] != "ok"}
+    assert wrong["warning"].startswith("RAY_AUTH_MODE is disabled")
+    assert "shows its jobs to anybody (HTTP 200 without a token)" in wrong["failure"]
+    assert "failures: token" in said

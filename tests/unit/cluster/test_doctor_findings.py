@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from imports import REPOSITORY
 
+from tunesmith.cluster.doctor import between, hardware, software
 from tunesmith.cluster.doctor.checks import CHECKS, findings
 from tunesmith.cluster.doctor.facts import Clock, Disk, Exchange, Facts, Gpu, Listener, Machine, Torch, Volume
 from tunesmith.cluster.doctor.finding import Finding
@@ -267,3 +270,26 @@ def test_machines_that_are_alike_share_a_line():
 def test_ports_of_rays_on_a_mapped_loopback_address_are_not_open():
     listening = [Listener(process="gcs_server", pid=7, address="::ffff:127.0.0.1", port=1)]
     assert [one.verdict for one in named(open_to_others(True, listeners=listening), "listeners")] == ["ok"]
+
+
+def test_the_documentation_has_a_row_for_every_check_and_the_figures_of_the_code():
+    page = (REPOSITORY / "docs" / "doctor.md").read_text(encoding="utf-8")
+    rows = {name: row for name, row in re.findall(r"^\| `([a-z ]+)` \|(.*)$", page, re.MULTILINE)}
+    assert set(rows) == {check for _, check, *_ in BAD}
+    figures = {
+        "drivers": [software.DRIVER_OF_CUDA[12], software.DRIVER_OF_CUDA[13]],
+        "gpus": [f"{hardware.HELD_MIB} MiB"],
+        "disks": [
+            f"{hardware.LEAST_FREE['output']} GiB",
+            f"{hardware.LEAST_FREE['shared memory']} of",
+            "less than {output}, {temporary} and {shared memory} GiB".format(**hardware.FREE),
+            f"{hardware.RAY_FULL:.0%}",
+        ],
+        "open files": [f" {software.OPEN_FILES},", f" {software.FEWEST_OPEN_FILES} "],
+        "storage speed": [f"{between.LEAST_MB_S:g} MB/s"],
+        "clocks": [f"{between.SKEW_S:g} s", f"{between.MOST_SKEW_S:g} s"],
+        "network": [f"{between.LEAST_GB_S['nccl']:g} GB/s", f"{between.LEAST_GB_S['gloo']:g} GB/s"],
+        "same versions": [f"`{name}`" for name in software.SAME_EVERYWHERE],
+    }
+    missing = [(name, figure) for name, wanted in figures.items() for figure in wanted if figure not in rows[name]]
+    assert missing == []
