@@ -262,6 +262,31 @@ for command in (
     *(job_commands.artifacts, job_commands.up, job_commands.down, job_commands.status),
 ):
     app.command()(command)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="Its folder, address and needs count.", show_default=False)
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address", help="Of a Ray cluster: auto, host:port, or local to start Ray here.", show_default=False
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option("--storage", metavar="FOLDER", help="Where runs are written. [default: the recipe's, or here]"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find out what is wrong with this machine or a cluster, and how to mend it. Exit code 1 when something is."""
+    from tunesmith.cluster.doctor import command
+
+    command.run(recipe, address, storage, as_json)
+
+
 app.command()(commands.serve)
 app.command()(commands.chat)
 app.command()(commands.certify)

@@ -1,0 +1,107 @@
+"""The doctor at a Ray that runs: of one node, as a run starts it, and of two."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.cluster.doctor.checks import findings
+from tunesmith.cluster.doctor.gather import gather
+from tunesmith.cluster.session import RaySession
+
+TWO_NODES = Path(__file__).parent.parent / "two_nodes.py"
+TOKEN = "0123456789abcdef" * 4
+
+
+def test_a_node_is_looked_at_by_a_process_of_its_own(ray_session: RaySession, tmp_path: Path):
+    folder = tmp_path / "runs"
+    seen = gather("auto", folder, None, lambda _: None)
+    assert [node.name for node in seen.nodes] == ["node 127.0.0.1"]
+    assert seen.nodes[0].versions == seen.driver.versions
+    assert seen.nodes[0].auth_mode == "token"
+    ports = {one.address for one in seen.nodes[0].listeners}
+    assert {one.process for one in seen.nodes[0].listeners} >= {"raylet", "gcs_server"}
+    assert ports <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    [volume] = seen.volumes
+    assert (volume.reads_ours, volume.we_read, volume.sees_lock, volume.error) == (True, True, True, "")
+    assert volume.write_mb_s is not None
+    assert volume.write_mb_s > 0
+    [clock] = seen.clocks
+    assert abs(clock.offset_s) <= clock.uncertainty_s  # it is the same clock
+    verdicts = {finding.check: finding.verdict for finding in findings(seen)}
+    assert {verdicts[check] for check in ("address", "python", "same versions", "storage", "listeners")} == {"ok"}
+    assert verdicts["network"] == "skipped"
+    assert not folder.exists(), "it leaves nothing behind"
+
+
+@contextlib.contextmanager
+def two_nodes(**environment: str) -> Iterator[str]:
+    """Address of a cluster that runs with these variables."""
+    command = [sys.executable, str(TWO_NODES)]
+    cluster = subprocess.Popen(
+        command, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert cluster.stdout is not None
+        lines = (line.strip() for line in cluster.stdout)
+        yield next(line for line in lines if line.startswith("127.0.0.1:"))
+    finally:
+        cluster.communicate(timeout=60)
+    assert cluster.returncode == 0
+
+
+def doctor(address: str, folder: Path, **environment: str) -> tuple[int, dict[str, Any], str]:
+    """Exit code, what was printed as JSON, and what was said."""
+    command = [sys.executable, "-m", "tunesmith.cluster.main", "doctor", "--json"]
+    options = ["--address", address, "--storage", str(folder)]
+    done = subprocess.run(
+        command + options, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+def told(report: dict[str, Any], check: str) -> list[dict[str, str]]:
+    return [finding for finding in report["findings"] if finding["check"] == check]
+
+
+@pytest.mark.matrix
+def test_two_nodes_are_measured_against_each_other(tmp_path: Path):
+    sound = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    with two_nodes(**sound) as address:
+        code, report, said = doctor(address, tmp_path, **sound)
+    seen = report["facts"]
+    assert len({node["name"] for node in seen["nodes"]}) == 2
+    assert [(one["reads_ours"], one["we_read"], one["sees_lock"]) for one in seen["volumes"]] == [
+        (True, True, True)
+    ] * 2
+    assert len(seen["clocks"]) == 2
+    assert seen["exchange"]["backend"] == "gloo"
+    assert seen["exchange"]["error"] == ""
+    assert 0 < seen["exchange"]["seconds"] < 60
+    assert seen["dashboard"][1] == 401
+    assert {one["verdict"] for check in ("address", "token", "listeners") for one in told(report, check)} == {"ok"}
+    failed = {one["check"] for one in report["findings"] if one["verdict"] == "failure"}
+    assert failed <= {"network"}, said  # a machine that is busy may be slower than the floor
+    assert code == (1 if failed else 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.matrix
+def test_a_cluster_that_takes_anybodys_jobs_fails(tmp_path: Path):
+    careless = {"RAY_AUTH_MODE": "disabled"}
+    with two_nodes(**careless) as address:
+        code, report, said = doctor(address, tmp_path, **careless)
+    assert code == 1
+    wrong = {one["verdict"]: one["what"] for one in told(report, "token") if one["verdict"] != "ok"}
+    assert wrong["warning"].startswith("RAY_AUTH_MODE is disabled")
+    assert "shows its jobs to anybody (HTTP 200 without a token)" in wrong["failure"]
+    assert "failures: token" in said
