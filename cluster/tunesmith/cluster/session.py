@@ -109,16 +109,26 @@ class RaySession:
         import ray
 
         alive = [node for node in ray.nodes() if node["Alive"]]
-        return [
-            Node(
-                cpus=node["Resources"].get("CPU", 0),
-                gpus=node["Resources"].get("GPU", 0),
-                memory_gib=node["Resources"].get("memory", 0) / GIB,
-                name="this machine" if self.local and len(alive) == 1 else f"node {node['NodeManagerAddress']}",
-                gpu_kind="" if self.local else _gpu_kind(node["Resources"]),
-            )
-            for node in alive
-        ]
+        return [self._node(node, node["Resources"], len(alive) == 1) for node in alive]
+
+    def free_nodes(self) -> list[Node]:
+        """As `nodes`, with what nobody uses now, and without those that are about to be taken away."""
+        every = self.nodes()
+        import ray
+        from ray._private.state import available_resources_per_node
+
+        free, leaving = available_resources_per_node(), draining_nodes()
+        staying = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+        return [self._node(node, free.get(node["NodeID"], {}), len(every) == 1) for node in staying]
+
+    def _node(self, node: dict[str, Any], resources: dict[str, float], is_only: bool) -> Node:
+        return Node(
+            cpus=resources.get("CPU", 0),
+            gpus=resources.get("GPU", 0),
+            memory_gib=resources.get("memory", 0) / GIB,
+            name="this machine" if self.local and is_only else f"node {node['NodeManagerAddress']}",
+            gpu_kind="" if self.local else _gpu_kind(node["Resources"]),
+        )
 
     def close(self) -> None:
         """Ends the Ray that `start` began, or leaves the cluster it joined."""
