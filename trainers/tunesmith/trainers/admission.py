@@ -64,7 +64,7 @@ def admit(
         chosen = {**_plainest(recipe), **settled}
         plan = None
     else:
-        for one in (plan, *others):
+        for one in (*others, plan):
             refuse_what_cannot_fit(one)
         chosen = plan.chosen
         asked = [key for key in plan.chosen if key not in settled and _written(recipe, key)]

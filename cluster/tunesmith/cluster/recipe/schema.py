@@ -184,8 +184,8 @@ class Train(Section):
 
 
 class Workers(Section):
-    """How many workers an elastic run may have. [When things break](recovery.md#fewer-machines-and-more-again) says how it changes
-    their number."""
+    """How many workers an elastic run may have. [When things break](recovery.md#fewer-machines-and-more-again) says when their
+    number changes."""
 
     min: PositiveInt
     """Fewest that it goes on with. While there is room for fewer it waits, as long as `cluster.wait_s` says."""
