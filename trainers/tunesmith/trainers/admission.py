@@ -58,14 +58,15 @@ def admit(
     fewest = several[0] if several else 1  # that share: with them memory is scarcest
     try:
         plan = planned(fewest, settled)
-        others = [planned(world, plan.chosen) for world in {worlds(recipe)[0], worlds(recipe)[-1]} - {fewest}]
+        others = {world: planned(world, plan.chosen) for world in {worlds(recipe)[0], worlds(recipe)[-1]} - {fewest}}
     except (FleetError, PlanError) as unknown:
         on_event(Warned(f"whether it fits was not checked: {unknown.what}"))
         chosen = {**_plainest(recipe), **settled}
         plan = None
     else:
-        for one in (*others, plan):
-            refuse_what_cannot_fit(one)
+        for world, one in others.items():
+            refuse_what_cannot_fit(one, f"with {world} worker{'s' if world > 1 else ''}: ")
+        refuse_what_cannot_fit(plan)
         chosen = plan.chosen
         asked = [key for key in plan.chosen if key not in settled and _written(recipe, key)]
         if asked:
