@@ -113,7 +113,7 @@ def workers_seen(run: Path) -> list[int]:
 def test_a_machine_that_is_lost_is_done_without_and_one_that_comes_is_used(
     tmp_path: Path, tiny_base: Path, cluster: RayCluster
 ):
-    small_runs.write_rows(tmp_path / "rows.jsonl", 2400)
+    small_runs.write_rows(tmp_path / "rows.jsonl", 6000)
 
     def recipe_with(name: str, **settings: Any) -> Path:
         made = small_runs.small_recipe(name, tiny_base, tmp_path / "rows.jsonl", tmp_path / "runs")
@@ -140,7 +140,7 @@ def test_a_machine_that_is_lost_is_done_without_and_one_that_comes_is_used(
     assert code == 0, said
     assert "there is room for 2 workers instead of 1" in said
     assert "1 worker of at most 2, each with 16 passes a step" in said
-    assert workers_seen(run) == [2, 1, 2]
+    assert workers_seen(run) == [2, 1, 2], said
     expected, found = (
         [(line["loss"], line["examples"]) for line in read_metrics(one / "metrics.jsonl") if "loss" in line]
         for one in (fixed, run)

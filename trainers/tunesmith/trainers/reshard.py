@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 
@@ -86,7 +87,15 @@ def load_converted(engine: Any, folder: Path) -> bool:
         settings.load_universal_checkpoint = False
     if loaded is not None:
         _load_buffers(engine, folder)
+        _count_steps_apart(engine)
     return loaded is not None
+
+
+def _count_steps_apart(engine: Any) -> None:
+    """Gives each group of shards a counter of its own: under ZeRO-3 DeepSpeed has them share one, and each would advance it."""
+    for state in engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
 
 
 def _load_buffers(engine: Any, folder: Path) -> None:
