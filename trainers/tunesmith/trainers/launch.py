@@ -126,7 +126,8 @@ def plan(recipe: Recipe, on_event: Listener = ignore) -> dict[str, Any]:
     with RaySession(recipe.cluster.address) as session:
         inputs = check(recipe, session, on_event)
     need, folder = inputs.need, inputs.folder
-    workers = f"{need.workers} worker{'s' if need.workers > 1 else ''} of {need.cpus:g} CPUs"
+    fewest = f"{worlds(recipe)[0]} to " if recipe.cluster.is_elastic else ""
+    workers = f"{fewest}{need.workers} worker{'s' if need.workers > 1 else ''} of {need.cpus:g} CPUs"
     on_event(Note(f"run {folder.name} would train on {workers}{f' and {need.gpus:g} GPUs' if need.gpus else ''}"))
     return {
         "run": folder.name,
