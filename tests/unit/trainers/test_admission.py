@@ -116,6 +116,8 @@ def test_the_workers_of_a_cluster_are_a_fleet_of_its_gpus() -> None:
     with pytest.raises(FleetError, match="GPUs of 2 kinds: A100, H100"):
         fleet_of(mixed, Need(workers=16, cpus=4, gpus=1))
     assert fleet_of([ROOMY], NEED).gpu.memory_gib == 32
+    head = Node(cpus=0, memory_gib=4, name="a head without CPUs")
+    assert fleet_of([head, ROOMY, ROOMY], NEED).gpu.memory_gib == 64
 
 
 def test_an_elastic_run_must_fit_with_its_fewest_and_with_its_most_workers(

@@ -13,7 +13,7 @@ from tunesmith.cluster.events import Listener, Note, Warned
 from tunesmith.cluster.fleet import Fleet, find_gpu
 from tunesmith.cluster.identity import Identity
 from tunesmith.cluster.recipe.schema import Recipe
-from tunesmith.cluster.resources import Need, Node
+from tunesmith.cluster.resources import Need, Node, fitting
 from tunesmith.trainers import zero
 from tunesmith.trainers.elastic import at, worlds
 
@@ -88,10 +88,11 @@ def fleet_of(nodes: Sequence[Node], need: Need) -> Fleet:
     from tunesmith.cluster.fleet_machine import of_cpus
 
     if need.gpus == 0:
-        smallest = min(nodes, key=lambda node: node.memory_gib)
-        here = -(-need.workers // len(nodes))
+        hosts = [node for node in nodes if fitting(node, need)]  # a head often has no CPUs
+        smallest = min(hosts, key=lambda node: node.memory_gib)
+        here = -(-need.workers // len(hosts))
         fleet = of_cpus(smallest, here, flops=NOMINAL_FLOPS * smallest.cpus)
-        return replace(fleet, nodes=len(nodes)) if len(nodes) > 1 else fleet
+        return replace(fleet, nodes=len(hosts)) if len(hosts) > 1 else fleet
     kinds = {node.gpu_kind for node in nodes if node.gpus >= 1}
     if kinds == {""}:
         fleet = parse_fleet("this machine")
