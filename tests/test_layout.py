@@ -20,7 +20,7 @@ COMMAND_LINE = "tunesmith.cluster.main"
 COMMAND_GROUPS = ("tunesmith.serving", "tunesmith.serving.commands")  # names and options; as light as the line itself
 # Where each of these may be imported; a name stands for the module and everything below it.
 HOMES = {
-    "deepspeed": {"engine", "checkpoint_files", "export"},
+    "deepspeed": {"engine", "checkpoint_files", "export", "reshard"},
     "ray": {
         *("deployment", "doctor.census", "fit", "lean", "rendezvous", "service"),
         *("jobs.client", "jobs.desk", "jobs.driver", "local_node"),

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from tunesmith.cluster.metrics import read_metrics
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.runs import RunFolder
-from tunesmith.trainers import models
+from tunesmith.trainers import elastic, models
 from tunesmith.trainers.data.prepare import prepare
 from tunesmith.trainers.export import whole_weights
 from tunesmith.trainers.loop import Trainer, TrainJob
 from tunesmith.trainers.models import resolve_base
 
-READ_BY_DRIVER = ["name", "model.base", "output.dir", "cluster.workers"]
+READ_BY_DRIVER = ["name", "model.base", "output.dir"]
 
 
 def write_rows(path: Path, count: int = 120, seed: int = 0) -> None:
@@ -75,6 +75,7 @@ def trainer_here(folder: Path, written: dict[str, Any], attempt: int = 1) -> Tra
     whole = Recipe.model_validate(written)
     whole.forget_reads()
     data = prepare(whole, base, cache).fingerprint
+    elastic.worlds(whole)  # as the driver does
     job = TrainJob(written, [*READ_BY_DRIVER, *whole.read_keys()], run.root, cache, data, base, attempt)
     return Trainer(job, lambda: None)
 

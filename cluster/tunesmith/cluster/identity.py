@@ -21,6 +21,8 @@ FREE = (
     "cluster.timeout_s",
     "cluster.stall_s",
     "cluster.wait_s",
+    "cluster.grow_after_s",
+    "cluster.workers.min",
     "cluster.cpus_per_worker",
     "cluster.memory_gib_per_worker",
     "eval.parity_rows",
@@ -28,7 +30,8 @@ FREE = (
 """Keys that change nothing about what is trained, so they may change between stop and resume."""
 
 SHARDS = ("cluster.workers", "cluster.zero", "cluster.offload")
-"""Keys that decide how a checkpoint is cut into shards, so they cannot change while one is to be resumed."""
+"""Keys that decide how a checkpoint is cut into shards, so they cannot change while one is to be resumed; but for the number of
+workers of a run that is elastic now."""
 
 
 class Identity(BaseModel):
@@ -96,7 +99,7 @@ def refuse_changes(
     found = changes(saved, now)
     name = now.recipe.get("name", "")
     if allow_change:
-        sharded = [change for change in found if change[0] in SHARDS]
+        sharded = [change for change in found if change[0] in SHARDS and not _is_elastic(change[0], now)]
         if sharded and checkpoint_exists:
             raise ChangedError(
                 f"run {name}: its checkpoints are sharded for another layout, which --allow-change cannot change:\n"
@@ -110,6 +113,10 @@ def refuse_changes(
             if allow_change is None
             else "Put these back, start anew under another name, or insist with --allow-change.",
         )
+
+
+def _is_elastic(key: str, now: Identity) -> bool:
+    return key == "cluster.workers" and isinstance(now.recipe["cluster"]["workers"], dict)
 
 
 _ABSENT = object()

@@ -98,7 +98,7 @@ def plan(
     loaded = load_recipe(recipe, overrides)
     if work_as not in ("tunesmith", "hf"):
         raise UsageError(f"--as {work_as}: there are tunesmith and hf")
-    where = parse_fleet(fleet, load_fleets(fleets), loaded.cluster.workers)
+    where = parse_fleet(fleet, load_fleets(fleets), loaded.cluster.most_workers)
     gc.disable()  # importing makes a million objects that stay; the planner switches it on again before it simulates
     # bitsandbytes compiles functions when it is imported, which loads a compiler for a second; a plan runs none of them
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

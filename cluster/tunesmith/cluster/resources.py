@@ -46,7 +46,7 @@ class Need:
 
 
 def needs(cluster: Cluster, nodes: Sequence[Node]) -> Need:
-    """What the recipe asks for on these nodes.
+    """What the recipe asks for on these nodes, with as many workers as it may have.
 
     A worker's CPUs, when not written, are the cores of a node divided by the workers on it, rounded down, at least 1.
     """
@@ -56,11 +56,11 @@ def needs(cluster: Cluster, nodes: Sequence[Node]) -> Need:
     cpus = cluster.cpus_per_worker
     if cpus is None:
         hosts = sorted((node for node in nodes if node.gpus >= gpus), key=lambda node: node.cpus) or list(nodes)
-        workers_on_node = math.ceil(cluster.workers / max(1, len(hosts)))
+        workers_on_node = math.ceil(cluster.most_workers / max(1, len(hosts)))
         if gpus:
-            workers_on_node = max(1, min(cluster.workers, int(max(node.gpus for node in hosts) // gpus)))
+            workers_on_node = max(1, min(cluster.most_workers, int(max(node.gpus for node in hosts) // gpus)))
         cpus = max(1, min(node.cpus for node in hosts) // workers_on_node) if hosts else 1
-    return Need(cluster.workers, float(cpus), float(gpus), cluster.memory_gib_per_worker or 0.0)
+    return Need(cluster.most_workers, float(cpus), float(gpus), cluster.memory_gib_per_worker or 0.0)
 
 
 def require_resources(need: Need, have: Sequence[Node]) -> None:

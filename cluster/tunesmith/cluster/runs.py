@@ -196,7 +196,9 @@ class RunFolder:
 
     def request_stop_of(self, attempt: int, why: str) -> None:
         """Asks the workers of an attempt to save the same step and stop; the first reason that is given stays."""
-        with contextlib.suppress(FileExistsError), self.attempt_stop_file(attempt).open("x") as file:
+        file_of_it = self.attempt_stop_file(attempt)
+        file_of_it.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError), file_of_it.open("x") as file:
             file.write(why)
 
     def stop_requested(self, attempt: int) -> bool:

@@ -108,9 +108,29 @@ class RaySession:
         import ray
 
         alive = [node for node in ray.nodes() if node["Alive"]]
+        return self._described(alive, {node["NodeID"]: node["Resources"] for node in alive})
+
+    def free_nodes(self) -> list[Node]:
+        """As `nodes`, with what nobody uses now, and without those that are about to be taken away."""
+        self.nodes()
+        import ray
+        from ray._private.state import available_resources_per_node
+
+        leaving = draining_nodes()
+        staying = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+        return self._described(staying, available_resources_per_node())
+
+    def _described(self, nodes: list[dict[str, Any]], resources: dict[str, dict[str, float]]) -> list[Node]:
         if self.local:
-            return [_node(node, "this machine" if len(alive) == 1 else _shown(node), "") for node in alive]
-        return [_node(node, _shown(node), _gpu_kind(node["Resources"])) for node in alive]
+            names = ["this machine"] if len(nodes) == 1 else [_shown(node) for node in nodes]
+            kinds = [""] * len(nodes)
+        else:
+            names = [_shown(node) for node in nodes]
+            kinds = [_gpu_kind(node["Resources"]) for node in nodes]
+        return [
+            _node(resources.get(node["NodeID"], {}), name, kind)
+            for node, name, kind in zip(nodes, names, kinds, strict=True)
+        ]
 
     def close(self) -> None:
         """Ends the Ray that `start` began, or leaves the cluster it joined."""
@@ -220,11 +240,12 @@ def live_nodes() -> list[Node]:
     """The live nodes of the Ray that this process is connected to, named by Ray's ids."""
     import ray
 
-    return [_node(node, node["NodeID"], _gpu_kind(node["Resources"])) for node in ray.nodes() if node["Alive"]]
+    return [
+        _node(node["Resources"], node["NodeID"], _gpu_kind(node["Resources"])) for node in ray.nodes() if node["Alive"]
+    ]
 
 
-def _node(described: dict[str, Any], name: str, gpu_kind: str) -> Node:
-    resources = described["Resources"]
+def _node(resources: dict[str, float], name: str, gpu_kind: str) -> Node:
     memory_gib = resources.get("memory", 0) / GIB
     return Node(resources.get("CPU", 0), resources.get("GPU", 0), memory_gib, name, gpu_kind)
 

@@ -64,3 +64,13 @@ def test_who_insists_may_change_all_but_the_layout_of_the_shards() -> None:
     with pytest.raises(ChangedError, match=r"cannot change:\n  cluster\.workers: 2 → 4"):
         refuse_changes(_identity(), _identity(cluster__workers=4, train__learning_rate=1.0), allow_change=True)
     refuse_changes(_identity(), _identity(cluster__workers=4), allow_change=True, checkpoint_exists=False)
+
+
+def test_the_workers_of_a_run_that_is_elastic_now_may_change() -> None:
+    elastic = _identity(cluster__workers={"min": 1, "max": 2})
+    refuse_changes(elastic, _identity(cluster__workers={"min": 2, "max": 2}), allow_change=False)
+    with pytest.raises(ChangedError, match=r"cluster\.workers\.max: 2 → 4"):
+        refuse_changes(elastic, _identity(cluster__workers={"min": 1, "max": 4}), allow_change=False)
+    refuse_changes(_identity(), elastic, allow_change=True)
+    with pytest.raises(ChangedError, match=r"cannot change:\n  cluster\.workers: \(not there\) → 2"):
+        refuse_changes(elastic, _identity(), allow_change=True)

@@ -120,3 +120,34 @@ def test_the_workers_of_a_cluster_are_a_fleet_of_its_gpus() -> None:
     assert fleet_of([head, ROOMY], NEED) == fleet_of([ROOMY], NEED), "a head that offers nothing is no worker's machine"
     with pytest.raises(FleetError, match="room for a worker"):
         fleet_of([head], NEED)
+
+
+def test_an_elastic_run_must_fit_with_its_fewest_and_with_its_most_workers(
+    written: dict[str, Any], tmp_path: Path
+) -> None:
+    written["cluster"] |= {"zero": 3, "zero3_persistence_threshold": 0}
+    alone, together = (ask_for(written | with_workers(written, n), n, tmp_path) for n in (1, 2))
+    assert alone["allocated_gib"] > together["allocated_gib"]
+    assert ask_for(written | with_workers(written, {"min": 1, "max": 2}), 2, tmp_path)["fits"]
+    between = Node(cpus=4, memory_gib=(alone["total_gib"] + together["total_gib"]) / 2)
+    assert ask_for(written | with_workers(written, 2), 2, tmp_path, between)["fits"]
+    with pytest.raises(ResourceError, match="with 1 worker: this recipe needs"):
+        ask_for(written | with_workers(written, {"min": 1, "max": 2}), 2, tmp_path, between)
+
+
+def with_workers(written: dict[str, Any], workers: Any) -> dict[str, Any]:
+    return {"cluster": written["cluster"] | {"workers": workers}}
+
+
+def ask_for(written: dict[str, Any], workers: int, folder: Path, node: Node = ROOMY) -> dict[str, Any]:
+    """The plan of a model of some size on two such machines."""
+    recipe = Recipe.model_validate(written)
+    base, need = resolve_base(recipe.model.base, None, folder), replace(NEED, workers=workers)
+    shape = json.loads((Path(base.path) / "config.json").read_text())
+    larger = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "head_dim": 64}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
+    (folder / "config.json").write_text(json.dumps(shape | larger | heads))
+    base = replace(base, path=str(folder))
+    plan = admit(recipe, base, [node, node], need, recipe.data.max_length, Path("none"), lambda _: None)[1]
+    assert plan is not None
+    return plan

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tunesmith.cluster.errors import DataError
-from tunesmith.cluster.recipe.schema import Source
+from tunesmith.cluster.recipe.data import Source
 from tunesmith.trainers.data import formats, split
 from tunesmith.trainers.data.encoding import Encoded
 from tunesmith.trainers.data.fit import fit

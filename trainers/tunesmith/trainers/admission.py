@@ -15,6 +15,7 @@ from tunesmith.cluster.identity import Identity
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.resources import Need, Node, fitting
 from tunesmith.trainers import zero
+from tunesmith.trainers.elastic import at, worlds
 
 AUTOMATIC = (
     "cluster.zero",
@@ -44,19 +45,27 @@ def admit(
     """
     from tunesmith.trainers.memory.choose import changed
     from tunesmith.trainers.memory.geometry import of_folder
-    from tunesmith.trainers.memory.plan import make_plan, refuse_what_cannot_fit
+    from tunesmith.trainers.memory.plan import Plan, make_plan, refuse_what_cannot_fit
 
     settled = _settled(recipe, begun)
+    model = of_folder(Path(base.path), base.reference)
+
+    def planned(world: int, settled: dict[str, Any]) -> Plan:
+        fleet = fleet_of(nodes, replace(need, workers=world))
+        return make_plan(at(recipe, world), model, fleet, max_length=max_length, settled=settled)
+
+    several = [world for world in worlds(recipe) if world > 1]
+    fewest = several[0] if several else 1  # that share: with them memory is scarcest
     try:
-        fleet = fleet_of(nodes, need)
-        plan = make_plan(
-            recipe, of_folder(Path(base.path), base.reference), fleet, max_length=max_length, settled=settled
-        )
+        plan = planned(fewest, settled)
+        others = {world: planned(world, plan.chosen) for world in {worlds(recipe)[0], worlds(recipe)[-1]} - {fewest}}
     except (FleetError, PlanError) as unknown:
         on_event(Warned(f"whether it fits was not checked: {unknown.what}"))
         chosen = {**_plainest(recipe), **settled}
         plan = None
     else:
+        for world, one in others.items():
+            refuse_what_cannot_fit(one, f"with {world} worker{'s' if world > 1 else ''}: ")
         refuse_what_cannot_fit(plan)
         chosen = plan.chosen
         asked = [key for key in plan.chosen if key not in settled and _written(recipe, key)]

@@ -5,6 +5,7 @@ Shape suffixes: T packed tokens, S segments, L labelled tokens.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -152,4 +153,9 @@ def collate(store: TokenStore, packs: Sequence[Sequence[int]], normalizer: float
 
 def idle(batch: Batch) -> Batch:
     """The same tokens with nothing to learn: keeps a worker in step with the others when a short step has no row for it."""
-    return replace(batch, weights=torch.zeros_like(batch.weights))
+    return replace(batch, weights=torch.zeros_like(batch.weights), examples=())
+
+
+def digest(examples: Iterable[int]) -> int:
+    """A sum over examples: the same in whatever order and by whichever workers they are taken."""
+    return sum(zlib.crc32(example.to_bytes(8, "little")) for example in examples)

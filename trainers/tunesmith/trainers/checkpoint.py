@@ -36,6 +36,7 @@ from tunesmith.cluster.storage import (
 )
 from tunesmith.trainers.checkpoint_files import SignedFiles, module_names
 from tunesmith.trainers.ranks import gather, on_first
+from tunesmith.trainers.reshard import converted, load_converted, weights_files
 
 _NAME = re.compile(r"step-(\d{8,})")
 _LIBRARIES = ("tunesmith", "torch", "deepspeed", "transformers", "peft", "bitsandbytes")
@@ -60,12 +61,21 @@ class CheckpointStore:
         run: the run they belong to.
         keep: newest checkpoints kept; the best one is kept besides.
         patience_s: seconds that a save is tried again when storage is full or fails.
+        is_elastic: whether checkpoints of another number of workers are converted; else they are refused.
     """
 
     def __init__(
-        self, folder: Path, rank: int, world: int, attempt: int, run: RunFolder, keep: int, patience_s: float
+        self,
+        folder: Path,
+        rank: int,
+        world: int,
+        attempt: int,
+        run: RunFolder,
+        keep: int,
+        patience_s: float,
+        is_elastic: bool = False,
     ) -> None:
-        self.folder, self.rank, self.world = folder, rank, world
+        self.folder, self.rank, self.world, self.is_elastic = folder, rank, world, is_elastic
         self.attempt, self.run, self.keep, self.patience_s = attempt, run, keep, patience_s
         self.last_saved: int | None = None
         """Step of the newest checkpoint known to be whole; None before the first."""
@@ -129,30 +139,37 @@ class CheckpointStore:
         return found[0] if found else None
 
     def load(self, engine: Any, path: Path) -> dict[str, Any]:
-        """Puts weights and optimizer state back as they were, bit for bit; returns what the manifest says.
+        """Puts weights and optimizer state back as they were; returns what the manifest says.
 
         Weight decay, betas, epsilon and clipping stay as the engine was built with, not as they were saved; the learning
         rate is the loop's to set.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, was made by another number of workers or another ZeRO stage, or
-                does not fit the model.
+            CheckpointError: the checkpoint is damaged, was made under another ZeRO stage or, unless the run is elastic, by
+                another number of workers, or does not fit the model.
         """
         manifest = self._checked.get(path) or self._check(path)
         about = manifest.about
         layout = (self.world, engine.zero_optimization_stage())
-        if (about["world"], about["zero_stage"]) != layout:
+        if about["zero_stage"] != layout[1] or (about["world"] != self.world and not self.is_elastic):
             raise CheckpointError(
                 f"{path}: written by {about['world']} workers under ZeRO-{about['zero_stage']}, "
                 f"but this run has {layout[0]} workers under ZeRO-{layout[1]}",
                 "Set cluster.workers and cluster.zero as they were.",
             )
-        files = SignedFiles(path, module_names(engine.module), manifest.files)
-        before = _hyperparameters(engine)
-        engine.checkpoint_engine = files
-        loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=False)
+        names, before = module_names(engine.module), _hyperparameters(engine)
+        if about["world"] == self.world or layout[1] == 0:
+            files = SignedFiles(path, names, manifest.files)
+            engine.checkpoint_engine = files
+            loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=False)
+        else:
+            self.tell(f"{path.name}, written by {about['world']} workers, is cut anew for {self.world}")
+            with converted(path, manifest.files) as folder:
+                files = SignedFiles(folder, names, weights_files(folder))
+                engine.checkpoint_engine = files
+                loaded = load_converted(engine, folder)
         _set_hyperparameters(engine, before)
-        if loaded is None:
+        if not loaded:
             raise CheckpointError(f"{path}: holds no state of the model")
         if files.found_names != files.module_names:
             raise CheckpointError(f"{path}: does not fit the model: {_difference(files)}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tunesmith.cluster.artifacts import ParityReceipt
 from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import ReceiptError
+from tunesmith.cluster.metrics import read_metrics
 from tunesmith.cluster.recipe.load import recipe_hash
 from tunesmith.cluster.recipe.schema import Adapter, Recipe
 from tunesmith.cluster.runs import RunFolder
@@ -24,6 +25,7 @@ from tunesmith.cluster.storage import commit_folder
 from tunesmith.trainers import card
 from tunesmith.trainers.checkpoint_files import tensor_bytes
 from tunesmith.trainers.data.prepare import Prepared
+from tunesmith.trainers.figures import workers_by_step
 from tunesmith.trainers.models import load_tokenizer
 from tunesmith.trainers.ranks import on_first
 from tunesmith.trainers.receipts import parity
@@ -70,6 +72,7 @@ def write_artifact(
             sketch = fingerprint(data.train, load_tokenizer(base))
             _save_receipts(run, {"parity": receipt, "parity_rows": scored, "fingerprint": sketch}, folder)
             about |= _about(recipe, base, data, receipt)
+            about["workers"] = workers_by_step(read_metrics(run.metrics))
             (folder / "README.md").write_text(
                 card.card(recipe, base, run, data, receipt, split, sketch), encoding="utf-8"
             )
@@ -197,6 +200,7 @@ def _about(recipe: Recipe, base: BaseRef, data: Prepared, receipt: ParityReceipt
         "recipe_sha256": recipe_hash(recipe),
         "data_sha256": data.fingerprint,
         "parity_passed": receipt.passed,
+        "elastic": recipe.cluster.is_elastic,
         "versions": card.versions(),
     }
 

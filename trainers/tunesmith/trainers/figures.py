@@ -25,6 +25,15 @@ def closing_figures(lines: list[dict[str, Any]], best_loss: float | None) -> dic
     }
 
 
+def workers_by_step(lines: list[dict[str, Any]]) -> list[list[int]]:
+    """`[first step, workers]` of each stretch of steps that the same number of workers trained."""
+    stretches: list[list[int]] = []
+    for line in lines:
+        if "workers" in line and (not stretches or stretches[-1][1] != line["workers"]):
+            stretches.append([line["step"], line["workers"]])
+    return stretches
+
+
 def memory_gib(device: torch.device) -> float:
     """Most memory that tensors took on a GPU; on a CPU, what the process holds now."""
     if device.type == "cuda":

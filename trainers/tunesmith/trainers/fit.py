@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import threading
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ray.exceptions import RayError
@@ -14,6 +15,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from tunesmith.cluster.events import Listener, Step, Warned
 from tunesmith.cluster.recipe.schema import Recipe
+from tunesmith.cluster.resources import Need
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.tail import MetricsTail
 from tunesmith.trainers.lean import ClusterTrainer, LocalTrainer
@@ -38,16 +40,29 @@ class Ending:
     """Ranks whose process is gone, and what is known of it."""
     raised: dict[int, str] = field(default_factory=dict)
     """Ranks that raised: for a reason of their own, or because another one is gone."""
+    moves_on: bool = False
+    """Whether the workers were asked to save for the run to go on with others."""
 
 
 def fit(
-    recipe: Recipe, inputs: Inputs, attempt: int, allow_change: bool, signals: StopSignals, on_event: Listener
+    recipe: Recipe,
+    inputs: Inputs,
+    need: Need,
+    more: Callable[[], int | None],
+    attempt: int,
+    allow_change: bool,
+    signals: StopSignals,
+    on_event: Listener,
 ) -> Ending:
     """Runs the attempt to its end, telling `on_event` of each step and of what workers warn of.
 
     What the workers themselves had to say is in the attempt's outcome file.
+
+    Args:
+        need: what this attempt asks for.
+        more: says how many workers to go on with instead, when it is time to.
     """
-    folder, need, timeout_s, stall_s = inputs.folder, inputs.need, recipe.cluster.timeout_s, recipe.cluster.stall_s
+    folder, timeout_s, stall_s = inputs.folder, recipe.cluster.timeout_s, recipe.cluster.stall_s
     scratch = folder.root / ".ray"
     trainer = (LocalTrainer if inputs.local else ClusterTrainer)(
         train_worker,
@@ -76,7 +91,7 @@ def fit(
         ),
     )
     steps, warnings = MetricsTail(folder.metrics), MetricsTail(folder.warnings(attempt))
-    watchman = Watchman(folder, attempt, need.workers, stall_s, inputs.local)
+    watchman = Watchman(folder, attempt, need.workers, stall_s, inputs.local, recipe.cluster.is_elastic, more)
     work = _Work(trainer)
     work.start()
     try:
@@ -94,7 +109,7 @@ def fit(
         raise work.failure
     if watchman.stall is not None:
         return Ending({rank: f"{watchman.stall.beats[rank].who} {why}" for rank, why in watchman.stall.odd.items()})
-    return _ending(work.failure, folder)
+    return replace(_ending(work.failure, folder), moves_on=watchman.moves_on)
 
 
 class _Work(threading.Thread):

@@ -54,6 +54,8 @@ def _of_the_layout(recipe: Recipe, base: BaseRef) -> dict[str, str]:
         reasons["cluster.zero3_persistence_threshold"] = f"the ZeRO stage is {stage}, and only stage 3 shards weights"
     if quiet.cluster.offload != "nvme":
         reasons["cluster.nvme_path"] = f"cluster.offload is {quiet.cluster.offload}, not nvme"
+    if not quiet.cluster.is_elastic:
+        reasons["cluster.grow_after_s"] = "cluster.workers is a plain number, so the run never grows"
     if "expert" not in (Path(base.path) / "config.json").read_text(encoding="utf-8"):
         reasons["model.router_aux_loss_coef"] = f"{base.reference} is no mixture of experts"
     return reasons

@@ -15,7 +15,7 @@ from tunesmith.cluster.kube import rayjob
 from tunesmith.cluster.kube.commands import Wanted
 from tunesmith.cluster.kube.pods import PodSize, on_claim, shared_memory_gib
 from tunesmith.cluster.recipe.load import load_recipe
-from tunesmith.cluster.recipe.schema import Recipe
+from tunesmith.cluster.recipe.schema import Recipe, Workers
 from tunesmith.cluster.resources import Node
 from tunesmith.trainers.admission import NOMINAL_FLOPS
 from tunesmith.trainers.memory.choose import offloaded_bytes
@@ -93,15 +93,15 @@ def _fleet(recipe: Recipe, wanted: Wanted) -> Fleet:
                 f"--fleet {wanted.fleet}: workers without GPUs need no fleet",
                 "Leave --fleet out, and write cluster.workers and cluster.cpus_per_worker.",
             )
-        if recipe.tune is None and "workers" in cluster.model_fields_set and cluster.workers != fleet.gpus:
+        if recipe.tune is None and "workers" in cluster.model_fields_set and cluster.most_workers != fleet.gpus:
             raise ResourceError(
-                f"{recipe.where('cluster.workers')}cluster.workers: {cluster.workers}, and {fleet.name} has "
+                f"{recipe.where('cluster.workers')}cluster.workers: {cluster.most_workers}, and {fleet.name} has "
                 f"{fleet.nodes} × {fleet.gpus_per_node} = {fleet.gpus} GPUs",
                 f"A GPU has one worker: --set cluster.workers={fleet.gpus}, or another --fleet.",
             )
-        if cluster.workers > fleet.gpus:
+        if cluster.most_workers > fleet.gpus:
             raise ResourceError(
-                f"{recipe.where('cluster.workers')}cluster.workers: a trial has {cluster.workers}, and {fleet.name} has "
+                f"{recipe.where('cluster.workers')}cluster.workers: a trial has {cluster.most_workers}, and {fleet.name} has "
                 f"{fleet.gpus} GPUs",
                 "Lower it, or take a larger --fleet.",
             )
@@ -112,16 +112,16 @@ def _fleet(recipe: Recipe, wanted: Wanted) -> Fleet:
             "Add --fleet, such as --fleet 2x8xH100-80GB.",
         )
     memory, cpus = cluster.memory_gib_per_worker or UNLIMITED_GIB, _cpus(recipe, on_gpu=False)
-    node = Node(cpus=cpus * cluster.workers, memory_gib=memory * cluster.workers)
-    return of_cpus(node, cluster.workers, NOMINAL_FLOPS * node.cpus)
+    node = Node(cpus=cpus * cluster.most_workers, memory_gib=memory * cluster.most_workers)
+    return of_cpus(node, cluster.most_workers, NOMINAL_FLOPS * node.cpus)
 
 
 def _of_one_run(recipe: Recipe, fleet: Fleet) -> Fleet:
     """The GPUs that train together: all of them, or for a sweep those of one trial."""
     if recipe.tune is None or fleet.gpu.is_cpu:
         return fleet
-    per_node = min(recipe.cluster.workers, fleet.gpus_per_node)
-    return replace(fleet, nodes=-(-recipe.cluster.workers // per_node), gpus_per_node=per_node)
+    per_node = min(recipe.cluster.most_workers, fleet.gpus_per_node)
+    return replace(fleet, nodes=-(-recipe.cluster.most_workers // per_node), gpus_per_node=per_node)
 
 
 def _cpus(recipe: Recipe, on_gpu: bool) -> float:
@@ -147,7 +147,7 @@ def _pods(recipe: Recipe, fleet: Fleet, plan: Plan) -> tuple[int, PodSize]:
     """How many worker pods, and the size of each: a node's GPUs together, or one worker on CPUs."""
     on_gpu = not fleet.gpu.is_cpu
     trials = (recipe.tune.concurrent or 1) if recipe.tune else 1
-    nodes = fleet.nodes if on_gpu else recipe.cluster.workers * trials
+    nodes = fleet.nodes if on_gpu else recipe.cluster.most_workers * trials
     workers = fleet.gpus_per_node if on_gpu else 1
     shm = shared_memory_gib(fleet.gpus_per_node if on_gpu else 0, 0 if on_gpu else workers)
     each = _host_bytes(plan) if on_gpu else plan.prediction.total
@@ -174,8 +174,9 @@ def _whole_model(plan: Plan) -> float:
 def _settled(recipe: Recipe, fleet: Fleet, size: PodSize) -> list[str]:
     """What the run would otherwise read from the cluster it is on, the head included."""
     cluster, on_gpu = recipe.cluster, not fleet.gpu.is_cpu
+    workers = fleet.gpus if on_gpu and recipe.tune is None else cluster.workers
     found = [
-        f"cluster.workers={fleet.gpus if on_gpu and recipe.tune is None else cluster.workers}",
+        *([] if isinstance(cluster.workers, Workers) else [f"cluster.workers={workers}"]),
         f"cluster.gpus_per_worker={int(on_gpu)}",
         f"cluster.cpus_per_worker={size.cpus / (size.gpus or 1):g}",
     ]

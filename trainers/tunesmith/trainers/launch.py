@@ -10,8 +10,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from tunesmith.cluster.errors import (
     CheckpointError,
     OutputError,
     RecipeError,
-    ResourceError,
+    StoppedError,
     StorageError,
     UsageError,
     WorkerError,
@@ -41,13 +40,13 @@ from tunesmith.trainers.admission import admit
 from tunesmith.trainers.attempts import GiveUp, LostAttempt, decide
 from tunesmith.trainers.data.build import look_at
 from tunesmith.trainers.data.prepare import Prepared, effective_max_length, prepare
+from tunesmith.trainers.elastic import inexact, worlds
 from tunesmith.trainers.idle_keys import refuse_idle_keys
 from tunesmith.trainers.logs import require_installed
+from tunesmith.trainers.machines import Machines
 from tunesmith.trainers.models import BaseRef, check_adaptation, resolve_base
 from tunesmith.trainers.outcome import read_outcome
 from tunesmith.trainers.stopping import StopSignals
-
-WAIT_POLL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,7 @@ class Inputs:
     """Where the tokenised data lies."""
     prepared: Prepared
     need: Need
+    """Of as many workers as may be."""
     identity: Identity
     recipe: Recipe
     """Without any `auto`."""
@@ -126,7 +126,8 @@ def plan(recipe: Recipe, on_event: Listener = ignore) -> dict[str, Any]:
     with RaySession(recipe.cluster.address) as session:
         inputs = check(recipe, session, on_event)
     need, folder = inputs.need, inputs.folder
-    workers = f"{need.workers} worker{'s' if need.workers > 1 else ''} of {need.cpus:g} CPUs"
+    fewest = f"{worlds(recipe)[0]} to " if recipe.cluster.is_elastic else ""
+    workers = f"{fewest}{need.workers} worker{'s' if need.workers > 1 else ''} of {need.cpus:g} CPUs"
     on_event(Note(f"run {folder.name} would train on {workers}{f' and {need.gpus:g} GPUs' if need.gpus else ''}"))
     return {
         "run": folder.name,
@@ -159,7 +160,7 @@ def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore, star
         require_installed(recipe.output.report_to)
     nodes = [this_machine()] if session.local else session.nodes()
     need = needs(recipe.cluster, nodes)
-    require_resources(need, nodes)
+    require_resources(replace(need, workers=worlds(recipe)[0]), nodes)
     zero.precision(recipe, on_gpu=need.gpus > 0)
     for source in [*recipe.data.train, *(recipe.data.validation or [])]:
         look_at(source)
@@ -241,19 +242,25 @@ def _attempts(
     on_event: Listener,
 ) -> Result:
     recipe, folder, lost = inputs.recipe, inputs.folder, []
-    max_failures, wait_s = recipe.train.max_failures, recipe.cluster.wait_s  # read now: workers refuse unread keys
-    require_resources(inputs.need, session.nodes())
+    max_failures, cluster = recipe.train.max_failures, recipe.cluster  # read now: workers refuse unread keys
+    machines = Machines(inputs.need, worlds(recipe), session, cluster.wait_s, cluster.grow_after_s)
+    machines.require()
     from tunesmith.trainers.fit import fit  # only now: Ray's modules import each other, which two threads cannot do
 
     signals.stop_with(folder.request_stop)
     while True:
+        need = machines.wait(on_event)
         attempt, from_step = folder.begin_attempt(), folder.newest_step()
+        if recipe.cluster.is_elastic:
+            on_event(Warned(f"attempt {attempt}: {inexact(recipe, need.workers)}"))
         on_event(Training(recipe.name, attempt, from_step, recipe.train.max_steps))
-        ending = fit(recipe, inputs, attempt, allow_change, signals, on_event)
+        ending = fit(recipe, inputs, need, machines.more_than(need.workers), attempt, allow_change, signals, on_event)
         on_event(Ended())
         outcome = read_outcome(folder.outcome(attempt))
         if outcome is not None and outcome.kind == "done":
             return _result(folder, outcome.result)
+        if ending.moves_on and outcome is not None and outcome.error == StoppedError.__name__ and not signals.received:
+            continue
         if outcome is not None and (outcome.kind == "error" or not ending.died):
             raise signals.translated(outcome.to_error())
         if signals.received is not None:
@@ -265,30 +272,6 @@ def _attempts(
         if isinstance(decision, GiveUp):
             raise WorkerError(decision.what, decision.fix)
         on_event(Warned(decision.warning))
-        if not inputs.local:
-            _wait_for_machines(inputs.need, session, wait_s, on_event)
-
-
-def _wait_for_machines(need: Need, session: RaySession, wait_s: float, on_event: Listener) -> None:
-    """Returns when the cluster has what the run needs.
-
-    Raises:
-        WorkerError: it has not after `wait_s` seconds; says what is missing.
-    """
-    began, is_told = time.monotonic(), False
-    while True:
-        try:
-            return require_resources(need, session.nodes())
-        except ResourceError as missing:
-            if time.monotonic() - began >= wait_s:
-                raise WorkerError(
-                    f"after {wait_s:.0f} s the cluster still lacks machines: {missing.what}",
-                    "When it has them again, the same command goes on from the last checkpoint.",
-                ) from missing
-            if not is_told:
-                on_event(Note(f"waiting up to {wait_s:.0f} s for machines: {missing.what}"))
-                is_told = True
-        time.sleep(WAIT_POLL_S)
 
 
 def draw(folder: RunFolder, on_event: Listener = ignore) -> None:

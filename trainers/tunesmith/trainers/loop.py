@@ -24,9 +24,10 @@ from tunesmith.cluster.recipe.load import recipe_hash, unread_error
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers import zero
-from tunesmith.trainers.batch import Batch, collate, idle
+from tunesmith.trainers.batch import Batch, collate, digest, idle
 from tunesmith.trainers.checkpoint import CheckpointStore
 from tunesmith.trainers.data.prepare import Prepared, open_prepared
+from tunesmith.trainers.elastic import at
 from tunesmith.trainers.engine import build_engine
 from tunesmith.trainers.evaluate import HeldOut
 from tunesmith.trainers.export import write_artifact
@@ -40,6 +41,7 @@ from tunesmith.trainers.objectives import OBJECTIVES
 from tunesmith.trainers.pace import Pace, Paces
 from tunesmith.trainers.packing import BatchPlan, StepPlan
 from tunesmith.trainers.policy import score
+from tunesmith.trainers.progress import Progress
 from tunesmith.trainers.ranks import gather, on_first
 from tunesmith.trainers.receipts.mask import write_mask_receipt
 from tunesmith.trainers.receipts.plan import write_plan_receipt
@@ -88,28 +90,6 @@ class Outcome:
     metrics: dict[str, float | None] = field(default_factory=dict)
 
 
-@dataclass
-class Progress:
-    """What changes from step to step and is not in the weights; saved with each checkpoint.
-
-    Attributes:
-        step: optimizer steps done.
-        best_loss: lowest held-out loss so far; None before the first.
-        evaluations_without_gain: evaluations since the held-out loss last improved.
-    """
-
-    step: int = 0
-    best_loss: float | None = None
-    evaluations_without_gain: int = 0
-
-    def note_evaluation(self, loss: float, min_delta: float) -> bool:
-        """Takes in a held-out loss; returns whether it is the lowest so far."""
-        best = math.inf if self.best_loss is None else self.best_loss
-        self.evaluations_without_gain = 0 if loss < best - min_delta else self.evaluations_without_gain + 1
-        self.best_loss = min(loss, best)
-        return loss < best
-
-
 class Trainer:
     """One worker. `run` is the story; the other methods are its sentences."""
 
@@ -119,9 +99,10 @@ class Trainer:
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         )
-        self.recipe = Recipe.model_validate(job.recipe)
-        self.recipe.forget_reads()
-        self.recipe.mark_read(job.read_keys)
+        self.written = Recipe.model_validate(job.recipe)
+        self.written.forget_reads()
+        self.written.mark_read(job.read_keys)
+        self.recipe = at(self.written, self.world)
         self.run_folder = RunFolder(job.run)
         self.metrics = MetricsLog(self.run_folder.metrics)
         self.progress = Progress()
@@ -157,10 +138,11 @@ class Trainer:
             self.run_folder,
             train.save_total_limit,
             train.save_patience_s,
+            self.written.cluster.is_elastic,
         )
         self.parity_rows, self.save_steps = recipe.eval.parity_rows, train.save_steps
         require_installed(recipe.output.report_to)
-        if (error := unread_error(recipe)) is not None:
+        if (error := unread_error(self.written)) is not None:
             raise error
 
     def resume(self) -> None:
@@ -177,7 +159,7 @@ class Trainer:
             )
         self.checkpoints.load(self.engine, path)
         self.progress = Progress(**about["progress"])
-        changed = (about["data_hash"], about["recipe_hash"]) != (self.data.fingerprint, recipe_hash(self.recipe))
+        changed = (about["data_hash"], about["recipe_hash"]) != (self.data.fingerprint, recipe_hash(self.written))
         if self.job.allow_change and changed and self.progress.step >= self.total_steps:
             raise ChangedError(
                 f"all {self.total_steps} steps are done, so nothing would be trained with what has changed",
@@ -232,7 +214,7 @@ class Trainer:
         """Writes the artifact and its receipts; returns the run's closing figures."""
         on_first(lambda: self.run_folder.check_fence(self.job.attempt))
         write_plan_receipt(self.run_folder.receipts, self.recipe, self.job.base, self.meter)
-        write_artifact(self.engine, self.recipe, self.job.base, self.run_folder, self.data, self.device)
+        write_artifact(self.engine, self.written, self.job.base, self.run_folder, self.data, self.device)
         self.close_logs()
         return closing_figures(
             read_metrics(self.run_folder.metrics), self.progress.best_loss if self.use_best else None
@@ -258,7 +240,9 @@ class Trainer:
         rate = self.schedule.learning_rate(index)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        totals = torch.zeros(4 + self.world, dtype=torch.float64)  # loss, router loss, broken, asked to stop, paces
+        totals = torch.zeros(
+            5 + self.world, dtype=torch.float64
+        )  # loss, router loss, broken, must stop, examples, paces
         broken: list[int] = []
         for micro in range(self.accumulation):
             batch = self.micro_batch(plan, micro, max(1.0, labels))
@@ -266,15 +250,16 @@ class Trainer:
             losses, is_finite = self.forward_backward(batch, index, micro, len(batch.input_ids) / tokens)
             self.moved()
             totals[:2] += losses
+            totals[4] += digest(batch.examples)
             if not is_finite:
                 broken += batch.examples
             if micro < self.accumulation - 1:
                 self.engine.step()  # counts the micro-batch; the update comes at the boundary
         totals[2] = bool(broken)
         totals[3] = self.rank == 0 and self.run_folder.stop_requested(self.job.attempt)
-        totals[4 + self.rank] = self.pace.take()
+        totals[5 + self.rank] = self.pace.take()
         totals = self.sum_over_workers(totals)
-        self.paces.note(totals[4:].tolist(), self.checkpoints.tell)
+        self.paces.note(totals[5:].tolist(), self.checkpoints.tell)
         if totals[2]:
             raise self.non_finite(index, broken)
         plain_norm = norm_before_step(self.engine)
@@ -293,6 +278,8 @@ class Trainer:
             "labels": labels,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
+            "workers": self.world,
+            "examples": f"{int(totals[4]):x}",
             "memory_gib": memory_gib(self.device),
             "skipped_rows": self.data.report.skipped_rows,
             "checkpoint": self.checkpoints.last_saved,
@@ -309,7 +296,7 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, index: int, micro: int, token_share: float) -> tuple[torch.Tensor, bool]:
         """Losses [2] of a micro-batch as shares of the step's loss, and whether they and their gradients are finite."""
-        torch.manual_seed(dropout_seed(self.recipe.train.seed, index, micro, self.rank))
+        torch.manual_seed(dropout_seed(self.recipe.train.seed, index, micro * self.world + self.rank, 0))
         with self.pace.forward(len(batch.input_ids)):
             logps, aux_loss = score(self.engine, batch)
         loss, _ = self.objective(logps, batch)
@@ -374,7 +361,8 @@ class Trainer:
             "progress": vars(self.progress),
             "zero": zero.stage(self.recipe.cluster),
             "seed": self.recipe.train.seed,
-            "recipe_hash": recipe_hash(self.recipe),
+            "recipe_hash": recipe_hash(self.written),
+            "elastic": self.written.cluster.is_elastic,
             "data_hash": self.data.fingerprint,
         }
         self.checkpoints.save(self.engine, self.progress.step, about, eval_loss)

@@ -6,10 +6,11 @@ import contextlib
 import math
 import socket
 import time
+from collections.abc import Callable
 
 import psutil
 
-from tunesmith.cluster.events import Listener, Warned
+from tunesmith.cluster.events import Listener, Note, Warned
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.session import draining_nodes
 from tunesmith.trainers.heartbeat import Beat, interval, read_beat
@@ -22,12 +23,27 @@ DRAIN_POLL_S = 2.0
 class Watchman:
     """Watches one attempt; `look` is called often and does its rounds when they are due.
 
+    Args:
+        is_elastic: whether the run goes on without a machine that is taken away.
+        more: says how many workers to go on with instead, when it is time to.
+
     Attributes:
         stall: why the attempt was given up, once it was.
+        moves_on: whether the workers were asked to save for the run to go on with others.
     """
 
-    def __init__(self, folder: RunFolder, attempt: int, world: int, stall_s: float, is_local: bool) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        attempt: int,
+        world: int,
+        stall_s: float,
+        is_local: bool,
+        is_elastic: bool,
+        more: Callable[[], int | None],
+    ) -> None:
         self.folder, self.attempt, self.world, self.is_local = folder, attempt, world, is_local
+        self.is_elastic, self.moves_on, self._more = is_elastic, False, more
         self.stall: Stall | None = None
         self._watch = StallWatch(world, stall_s)
         self._every = min(interval(stall_s), DRAIN_POLL_S)
@@ -55,6 +71,7 @@ class Watchman:
             self._due = now + 3 * self._every  # those who still can write down their stacks and end themselves
         elif not self.is_local:
             self._look_for_drains(beats, on_event)
+            self._look_for_room(on_event)
 
     def _beats(self) -> dict[int, Beat]:
         found = ((rank, read_beat(self.folder, rank)) for rank in range(self.world))
@@ -75,6 +92,15 @@ class Watchman:
                 why = f"the machine {beat.host} of rank {rank} is to be taken away{within}"
                 on_event(Warned(f"{why}: the workers save after this step"))
                 self.folder.request_stop_of(self.attempt, why)
+                self.moves_on = self.is_elastic
+
+    def _look_for_room(self, on_event: Listener) -> None:
+        more = None if self.moves_on else self._more()
+        if more is not None:
+            why = f"there is room for {more} workers instead of {self.world}"
+            on_event(Note(f"{why}: they save after this step, and the run goes on with more"))
+            self.folder.request_stop_of(self.attempt, why)
+            self.moves_on = True
 
 
 def _kill(beat: Beat) -> None:

@@ -13,7 +13,7 @@ Precision = Literal["bf16", "fp16", "fp32"]
 def stage(cluster: Cluster) -> int:
     """The ZeRO stage: what the recipe says, or for `auto` 0 on one worker and 2 on several."""
     if cluster.zero == "auto":
-        return 0 if cluster.workers == 1 else 2
+        return 0 if cluster.most_workers == 1 else 2
     return cluster.zero
 
 

@@ -181,7 +181,7 @@ def as_run(training: Isolated, recipe: Recipe, root: Path) -> AsRun:
     runs = training.cache.parent.parent
     base = resolve_base(quiet.model.base, quiet.model.revision, runs)
     data = prepare(quiet, base, training.cache)
-    plan = BatchPlan.of(quiet, data, quiet.cluster.workers)
+    plan = BatchPlan.of(quiet, data, quiet.cluster.most_workers)
     total = plan.total_steps(quiet.train.epochs, quiet.train.max_steps)
     every = math.ceil(total / training.reports)
     changes: dict[str, Any] = {"train.save_steps": every, "output.dir": str(root.parent), "output.report_to": []}

@@ -18,7 +18,8 @@ from tunesmith.cluster.recipe.section import Section
 Document = TypeVar("Document", bound=Section)
 
 _OF_A_NAME = "[key]"
-"""What pydantic adds to a location when the name itself is wrong."""
+"""What pydantic adds to a location when the name itself is wrong. What the schema has it add, for a member of a union, is in
+brackets too."""
 
 
 def checked(
@@ -125,7 +126,8 @@ class _Reader(NamedTuple):
         kept: list[str | int] = []
         for index, part in enumerate(loc):
             is_name = isinstance(part, str) and self._is_name_of_member(part, loc[:index])
-            if (*kept, part) in self.origins or (isinstance(part, str) and not is_name and part != _OF_A_NAME):
+            is_added = isinstance(part, str) and part.startswith("[")
+            if (*kept, part) in self.origins or (isinstance(part, str) and not is_name and not is_added):
                 kept.append(part)
         return tuple(kept)
 
@@ -143,7 +145,7 @@ class _Reader(NamedTuple):
         section: Any = self.root
         names_an_entry = False  # of a mapping to sections
         for part in loc:
-            if isinstance(part, int) or section is None:
+            if isinstance(part, int) or section is None or (part.startswith("[") and part != _OF_A_NAME):
                 continue
             if names_an_entry:
                 names_an_entry = False

@@ -8,12 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    PrivateAttr,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
-from tunesmith.cluster.recipe.section import Section
+from tunesmith.cluster.recipe.data import Data
+from tunesmith.cluster.recipe.section import Fraction, Section
 from tunesmith.cluster.recipe.tune import Tune
-
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Model(Section):
@@ -30,80 +38,6 @@ class Model(Section):
     """`auto` takes the fastest path that equals the reference; `reference` is the plain 4-D mask."""
     router_aux_loss_coef: Annotated[float, Field(ge=0.0)] | None = None
     """Weight of the load-balancing loss of a mixture-of-experts model. None takes the model's own."""
-
-
-class Source(Section):
-    """One data source."""
-
-    path: Annotated[str, Field(min_length=1)]
-    """A .jsonl, .json, .parquet or .csv file, a glob of them, a saved `datasets` folder, any fsspec URI of these, or a
-    hub id of a data set."""
-    weight: PositiveFloat | None = None
-    """Share of an epoch's rows that come from this source, relative to the other weights. Give it for all sources or for
-    none; with none, every row is seen once an epoch."""
-    split: str = "train"
-    """Which split of a hub data set or a `datasets` folder of several."""
-
-
-class Split(Section):
-    """Held-out shares of the training sources, chosen by a hash of each row: the same on every machine."""
-
-    validation: Fraction = 0.05
-    """Share of the rows held out for the evaluation loss. Not used when `data.validation` names sources."""
-    test: Fraction = 0.0
-    """Share of the rows never touched by training or model selection."""
-
-    @model_validator(mode="after")
-    def _leave_something_to_train(self) -> Split:
-        if self.validation + self.test >= 1.0:
-            raise ValueError(f"validation {self.validation} + test {self.test} leave no rows to train on")
-        return self
-
-
-class Data(Section):
-    """What is trained on."""
-
-    train: list[Source]
-    """A path, or a list of paths or `{path, weight, split}`."""
-    validation: list[Source] | None = None
-    """Held-out sources of their own; None holds out a share of `train` (see `data.split`)."""
-    template: Literal["tokenizer", "chatml", "llama3", "alpaca"] = "tokenizer"
-    """How conversations become text. `tokenizer` is the template that came with the model."""
-    loss_on: Literal["assistant", "all"] | None = None
-    """Which tokens are trained. None means the assistant's for `sft`, and every token for `cpt`."""
-    max_length: PositiveInt = 1024
-    """Tokens in a packed row, and the longest a single example may be. At most the model's context."""
-    long_rows: Literal["truncate", "drop", "split"] | None = None
-    """What happens to an example longer than `max_length`; each is counted. None means `truncate` for `sft` and `split`
-    (into several examples) for `cpt`."""
-    packing: bool = True
-    """Fills each row with several examples that cannot see each other. False gives each example a row of its own."""
-    split: Split = Split()
-    """Shares held out from `train`."""
-    max_bad_rows: Annotated[float, Field(ge=0.0)] = 0
-    """How many unusable rows may be set aside in quarantine.jsonl before the run stops: a count when 1 or more, a share
-    of all rows when below 1. 0, the default, stops at the first, because a silent loss of data is worse than a stop."""
-
-    @field_validator("train", "validation", mode="before")
-    @classmethod
-    def _paths_to_sources(cls, value: Any) -> Any:
-        if isinstance(value, str | dict):
-            value = [value]
-        if isinstance(value, list):
-            return [{"path": item} if isinstance(item, str) else item for item in value]
-        return value
-
-    @field_validator("train", "validation")
-    @classmethod
-    def _weights_for_all_or_none(cls, sources: list[Source] | None) -> list[Source] | None:
-        if sources is None:
-            return None
-        if not sources:
-            raise ValueError("an empty list: name at least one source")
-        weighted = [source.path for source in sources if source.weight is not None]
-        if weighted and len(weighted) < len(sources):
-            raise ValueError(f"{len(weighted)} of {len(sources)} sources have a weight: give one to all or to none")
-        return sources
 
 
 class Objective(Section):
@@ -249,13 +183,38 @@ class Train(Section):
         return self
 
 
+class Workers(Section):
+    """How many workers an elastic run may have. [When things break](recovery.md#fewer-machines-and-more-again) says when their
+    number changes."""
+
+    min: PositiveInt
+    """Fewest that it goes on with. While there is room for fewer it waits, as long as `cluster.wait_s` says."""
+    max: PositiveInt
+    """Most that it uses. A step has the rows of so many workers, however many there are: fewer take more passes for them."""
+
+    @model_validator(mode="after")
+    def _leave_a_choice(self) -> Workers:
+        if self.min >= self.max:
+            raise ValueError(
+                f"min {self.min} is not less than max {self.max}; write `workers: {self.max}` for a fixed number"
+            )
+        return self
+
+
+def _is_range(written: Any) -> str:
+    return "[range]" if isinstance(written, dict | Workers) else "[number]"
+
+
 class Cluster(Section):
     """Where it runs."""
 
     address: str | None = None
     """Address of a running Ray cluster (`auto`, or host:port). None takes RAY_ADDRESS, or starts Ray on this machine."""
-    workers: PositiveInt = 1
-    """Training processes, one per accelerator; the batch is sharded over them."""
+    workers: Annotated[
+        Annotated[PositiveInt, Tag("[number]")] | Annotated[Workers, Tag("[range]")], Discriminator(_is_range)
+    ] = 1
+    """Training processes, one per accelerator; the batch is sharded over them. `{min: 2, max: 8}` makes the run elastic: it
+    goes on with fewer when machines are lost, and with more when there is room."""
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] | None = None
     """GPUs of each worker. None takes one if the cluster has any, else none."""
     cpus_per_worker: PositiveFloat | None = None
@@ -280,6 +239,19 @@ class Cluster(Section):
     operation takes, such as writing one worker's part of a checkpoint."""
     wait_s: Annotated[float, Field(ge=0)] = 600.0
     """Seconds that a run which has lost machines waits for the cluster to have enough of them again."""
+    grow_after_s: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds that there must be room for more workers before an elastic run saves and goes on with more: machines that come
+    and go would only interrupt it."""
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that the global batch is for."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change while it runs."""
+        return isinstance(self.workers, Workers)
 
     @model_validator(mode="after")
     def _offload_fits_the_stage(self) -> Cluster:
@@ -361,6 +333,26 @@ class Recipe(Section):
             raise ValueError(
                 "model.quantization: int8 gains nothing from cluster.zero: 3, because every int8 layer keeps its codes whole "
                 "beside the parameter that would be sharded; use zero: 2, or nf4"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shards_that_can_be_cut_anew(self) -> Recipe:
+        if not self.cluster.is_elastic:
+            return self
+        if self.cluster.offload not in ("none", "auto"):
+            raise ValueError(
+                f"cluster.workers: {{min, max}} does not go with cluster.offload: {self.cluster.offload}, whose checkpoints cannot "
+                "be cut for another number of workers; use offload: none, or a fixed number of workers"
+            )
+        if self.train.optimizer == "adamw_8bit":
+            raise ValueError(
+                "cluster.workers: {min, max} does not go with train.optimizer: adamw_8bit, whose moments cannot be cut for another "
+                "number of workers; use adamw, or a fixed number of workers"
+            )
+        if self.tune is not None:
+            raise ValueError(
+                "cluster.workers: {min, max} is for `tunesmith train`; the trials of a sweep take a fixed number"
             )
         return self
 

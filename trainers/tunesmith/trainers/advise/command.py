@@ -84,7 +84,7 @@ def run(request: Request) -> Report:
     path = request.out or Path(f"{draft.name}-advised.yaml")
     if path.exists():
         raise OutputError(f"{path} is already there", "Name another file with --out, or delete it.")
-    fleet = parse_fleet(request.fleet or "this machine", load_fleets(request.fleets), draft.cluster.workers)
+    fleet = parse_fleet(request.fleet or "this machine", load_fleets(request.fleets), draft.cluster.most_workers)
     output = Path(draft.output.dir).expanduser().absolute()
     documents = has_documents(draft)
     objective = draft.objective.kind if has_objective else "cpt" if documents else "sft"

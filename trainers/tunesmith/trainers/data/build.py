@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tunesmith.cluster.errors import DataError
-from tunesmith.cluster.recipe.schema import Recipe, Source
+from tunesmith.cluster.recipe.data import Source
+from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.trainers.data import formats, split
 from tunesmith.trainers.data.encoding import Encoder
 from tunesmith.trainers.data.fit import Rule, fit

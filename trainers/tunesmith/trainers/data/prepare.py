@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tunesmith.cluster.artifacts import read_manifest
 from tunesmith.cluster.errors import CheckpointError, DataError
-from tunesmith.cluster.recipe.schema import Recipe, Source
+from tunesmith.cluster.recipe.data import Source
+from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.storage import commit_folder, remove_leftovers
 from tunesmith.trainers.data.report import DataReport
 from tunesmith.trainers.data.sources import fingerprints

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 
 from tunesmith.cluster.errors import DataError
-from tunesmith.cluster.recipe.schema import Source
+from tunesmith.cluster.recipe.data import Source
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")

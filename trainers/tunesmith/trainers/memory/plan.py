@@ -152,8 +152,11 @@ def simulated(model: Geometry) -> Iterator[None]:
         ) from error
 
 
-def refuse_what_cannot_fit(plan: Plan) -> None:
+def refuse_what_cannot_fit(plan: Plan, when: str = "") -> None:
     """Raises unless the plan fits.
+
+    Args:
+        when: begins the message of an elastic run, whose plans are several.
 
     Raises:
         ResourceError: with the numbers, and the changes that would fit.
@@ -164,7 +167,7 @@ def refuse_what_cannot_fit(plan: Plan) -> None:
     largest = ", ".join(f"{cause} {gib(size):.1f}" for cause, size in prediction.parts.most_common(3))
     device = "worker" if plan.fleet.gpu.is_cpu else "GPU"
     raise ResourceError(
-        f"this recipe needs {gib(prediction.total):.1f} GiB on each {device} and {plan.fleet.name} has "
+        f"{when}this recipe needs {gib(prediction.total):.1f} GiB on each {device} and {plan.fleet.name} has "
         f"{gib(prediction.capacity):.1f} ({largest} GiB)",
         "These fit: " + "; ".join(describe(one.changes) for one in plan.alternatives[:4]) + "."
         if plan.alternatives

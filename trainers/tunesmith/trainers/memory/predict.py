@@ -194,7 +194,7 @@ class Planner:
 
     def workers(self, recipe: Recipe) -> int:
         """Processes that train."""
-        return recipe.cluster.workers if self.fleet.gpu.is_cpu else self.fleet.gpus
+        return recipe.cluster.most_workers if self.fleet.gpu.is_cpu else self.fleet.gpus
 
     def length(self, recipe: Recipe) -> int:
         """Tokens of a full row."""

@@ -64,7 +64,7 @@ def _title(plan: Plan) -> Text:
 
 def _other_workers(plan: Plan) -> str:
     """That the fleet has another number of workers than the recipe says."""
-    written = plan.recipe.cluster.workers
+    written = plan.recipe.cluster.most_workers
     if written == plan.prediction.workers or "workers" not in plan.recipe.cluster.model_fields_set:
         return ""
     return f"\n(the recipe says cluster.workers: {written}; a plan uses the whole fleet)"

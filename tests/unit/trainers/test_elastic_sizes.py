@@ -1,0 +1,145 @@
+"""Which numbers of workers keep the global batch, and when a run grows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tunesmith.cluster.errors import WorkerError
+from tunesmith.cluster.events import Note
+from tunesmith.cluster.recipe.schema import Recipe
+from tunesmith.cluster.resources import Need, Node
+from tunesmith.trainers.elastic import Growth, at, inexact, largest, worlds
+from tunesmith.trainers.machines import Machines
+
+
+def recipe(workers: Any, accumulation: int = 1, **cluster: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "x",
+            "model": {"base": "builtin:tiny"},
+            "data": {"train": "a.jsonl"},
+            "objective": "sft",
+            "adaptation": "full",
+            "train": {"gradient_accumulation_steps": accumulation},
+            "cluster": {"workers": workers, **cluster},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "accumulation", "expected"),
+    [(1, 2, 1, [1, 2]), (1, 8, 1, [1, 2, 4, 8]), (3, 8, 1, [4, 8]), (2, 8, 3, [2, 3, 4, 6, 8]), (5, 7, 1, [7])],
+)
+def test_only_numbers_that_divide_a_steps_micro_batches_are_used(
+    low: int, high: int, accumulation: int, expected: list[int]
+):
+    elastic = recipe({"min": low, "max": high}, accumulation)
+    assert worlds(elastic) == expected
+    for world in expected:
+        here = at(elastic, world)
+        assert here.cluster.workers == world
+        assert here.train.gradient_accumulation_steps * world == accumulation * high
+
+
+def test_a_fixed_number_stays_as_it_is():
+    fixed = recipe(3, 2)
+    assert worlds(fixed) == [3]
+    assert at(fixed, 3) is fixed
+
+
+def test_what_is_read_of_the_recipe_at_a_size_is_read_of_the_recipe():
+    elastic = recipe({"min": 1, "max": 2}, 4)
+    elastic.forget_reads()
+    here = at(elastic, 1)
+    assert "train.seed" not in elastic.read_keys()
+    assert here.train.seed == 42
+    assert "train.seed" in elastic.read_keys()
+
+
+def test_it_is_said_that_a_run_of_changing_size_is_not_bit_exact():
+    said = inexact(recipe({"min": 1, "max": 2}, 4), 1)
+    assert "1 worker of at most 2, each with 8 passes a step" in said
+    assert "not bit for bit" in said
+
+
+def test_the_largest_number_that_fits():
+    assert [largest([2, 4, 8], room) for room in (1, 2, 3, 7, 8, 100)] == [None, 2, 2, 4, 8, 8]
+
+
+def test_room_that_comes_and_goes_changes_nothing_and_room_that_stays_is_used():
+    growth = Growth([1, 2, 4], 1, after_s=10)
+    assert not growth.is_over
+    looks = [(0, 1), (5, 2), (9, 2), (12, 1), (13, 3), (22, 2), (23, 4)]
+    assert [growth.look(room, now) for now, room in looks] == [None] * 6 + [4]
+    assert Growth([1, 2, 4], 4, after_s=10).is_over
+
+
+class Cluster:
+    """What a session says of a cluster whose nodes change from look to look; the last stays."""
+
+    def __init__(self, *looks: tuple[list[Node], list[Node]]) -> None:
+        self.looks = list(looks)
+
+    def nodes(self) -> list[Node]:
+        return self.looks[0][0]
+
+    def free_nodes(self) -> list[Node]:
+        return self.looks.pop(0)[1] if len(self.looks) > 1 else self.looks[0][1]
+
+
+def wait(cluster: Any, sizes: list[int], wait_s: float = 60, said: list[Any] | None = None) -> int:
+    machines = Machines(Need(sizes[-1], cpus=1), sizes, cluster, wait_s, 60)
+    return machines.wait(said.append if said is not None else lambda _: None).workers
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.trainers.machines.POLL_S", 0.001)
+    monkeypatch.setattr("tunesmith.trainers.machines.RELEASE_S", 0.05)
+
+
+ONE, TWO, THREE = [Node(1)], [Node(1)] * 2, [Node(1)] * 3
+
+
+def test_an_attempt_begins_at_once_with_as_many_as_fit():
+    assert wait(Cluster((TWO, TWO)), [1, 2]) == 2
+    assert wait(Cluster((ONE, ONE)), [1, 2]) == 1
+
+
+def test_what_the_last_attempt_still_holds_is_waited_for_but_not_what_others_hold():
+    assert wait(Cluster((TWO, ONE), (TWO, TWO)), [1, 2]) == 2
+    assert wait(Cluster((TWO, ONE)), [1, 2]) == 1
+
+
+def test_room_that_cannot_be_used_is_told():
+    said: list[Any] = []
+    assert wait(Cluster((THREE, THREE)), [1, 2, 4], said=said) == 2
+    assert [type(event) for event in said] == [Note]
+    assert "room for 3 workers, and 2 are used" in said[0].text
+
+
+def test_too_little_for_the_fewest_is_waited_for_and_then_an_error_with_the_numbers():
+    assert wait(Cluster((ONE, ONE), (TWO, TWO)), [2, 4]) == 2
+    with pytest.raises(WorkerError, match="2 workers × 1 CPU = 2 CPUs; this machine has 1"):
+        wait(Cluster((ONE, ONE)), [2, 4], wait_s=0.02)
+    with pytest.raises(WorkerError, match="room for 1 workers, and the run needs 2; others use the rest"):
+        wait(Cluster((TWO, ONE)), [2, 4], wait_s=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"cluster": {"workers": {"min": 2, "max": 2}}}, "write `workers: 2`"),
+        (
+            {"cluster": {"workers": {"min": 1, "max": 2}, "zero": 2, "offload": "cpu"}},
+            "does not go with cluster.offload: cpu",
+        ),
+        ({"cluster": {"workers": {"min": 1, "max": 2}}, "train": {"optimizer": "adamw_8bit"}}, "adamw_8bit"),
+    ],
+)
+def test_what_cannot_be_elastic_is_refused(changed: dict[str, Any], said: str):
+    whole = recipe(1).model_dump(exclude_unset=True)
+    with pytest.raises(ValueError, match=said):
+        Recipe.model_validate(whole | changed)

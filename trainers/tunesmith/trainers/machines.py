@@ -1,0 +1,96 @@
+"""The room that a cluster has for a run's workers, as machines come and go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from tunesmith.cluster.errors import ResourceError, WorkerError
+from tunesmith.cluster.events import Listener, Note
+from tunesmith.cluster.resources import Need, fitting, require_resources
+from tunesmith.cluster.session import RaySession
+from tunesmith.trainers.elastic import Growth, largest
+
+POLL_S = 2.0
+RELEASE_S = 10.0
+"""Seconds within which Ray has given free what the workers of an attempt that is over had."""
+
+
+class Machines:
+    """What is there for the workers of one run.
+
+    Args:
+        need: of as many workers as may be.
+        worlds: numbers of workers that may be, ascending; a single one for a run that is not elastic.
+        wait_s: how long to wait for the fewest.
+        grow_after_s: how long there must be room for more before it is used.
+    """
+
+    def __init__(
+        self, need: Need, worlds: Sequence[int], session: RaySession, wait_s: float, grow_after_s: float
+    ) -> None:
+        self.need, self.worlds, self.session = need, worlds, session
+        self.wait_s, self.grow_after_s = wait_s, grow_after_s
+
+    def require(self) -> None:
+        """Checks that the fewest workers fit.
+
+        Raises:
+            ResourceError: with the arithmetic.
+        """
+        require_resources(replace(self.need, workers=self.worlds[0]), self.session.nodes())
+
+    def wait(self, on_event: Listener) -> Need:
+        """What the next attempt asks for, once there is room for it: as many workers as there is room for now.
+
+        A fixed number is waited for until the machines are there; whether others use them is for Ray to see.
+
+        Raises:
+            WorkerError: there is no room for the fewest after `wait_s` seconds; says what is missing.
+        """
+        began, is_told = time.monotonic(), False
+        while True:
+            waited = time.monotonic() - began
+            possible = largest(self.worlds, self._room(free=False))
+            if possible is not None and len(self.worlds) == 1:
+                return self.need
+            room = self._room(free=True)
+            now = largest(self.worlds, room)
+            if now is not None and (now == possible or waited >= RELEASE_S):
+                self._say_what_is_left(room, now, on_event)
+                return replace(self.need, workers=now)
+            if waited >= self.wait_s:
+                raise WorkerError(
+                    f"after {self.wait_s:.0f} s the cluster still lacks machines: {self._missing(room)}",
+                    "When it has them again, the same command goes on from the last checkpoint.",
+                )
+            if not is_told and (possible is None or waited >= RELEASE_S):
+                on_event(Note(f"waiting up to {self.wait_s:.0f} s for machines: {self._missing(room)}"))
+                is_told = True
+            time.sleep(POLL_S)
+
+    def more_than(self, world: int) -> Callable[[], int | None]:
+        """To be asked now and then while so many workers train: how many to go on with instead, None for no change."""
+        growth = Growth(self.worlds, world, self.grow_after_s)
+        return lambda: None if growth.is_over else growth.look(world + self._room(free=True), time.monotonic())
+
+    def _room(self, free: bool) -> int:
+        nodes = self.session.free_nodes() if free else self.session.nodes()
+        return sum(fitting(node, self.need) for node in nodes)
+
+    def _missing(self, room: int) -> str:
+        try:
+            self.require()
+        except ResourceError as missing:
+            return missing.what
+        return f"there is room for {room} workers, and the run needs {self.worlds[0]}; others use the rest"
+
+    def _say_what_is_left(self, room: int, taken: int, on_event: Listener) -> None:
+        if taken < min(room, self.worlds[-1]):
+            on_event(
+                Note(
+                    f"there is room for {room} workers, and {taken} are used: the micro-batches of a step divide among "
+                    f"{', '.join(map(str, self.worlds))} workers only"
+                )
+            )
