@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -51,7 +52,8 @@ def save(run: RunFolder, within_s: float) -> bool:
     attempt = run.current_attempt() if run.root.exists() else 0
     if attempt == 0 or run.outcome(attempt).exists():
         return True
-    run.request_stop()
+    run.attempt_stop_file(attempt).parent.mkdir(parents=True, exist_ok=True)
+    run.request_stop_of(attempt, f"the pod {socket.gethostname()} is to end")
     end = time.monotonic() + within_s
     while not run.outcome(attempt).exists():
         if time.monotonic() > end:

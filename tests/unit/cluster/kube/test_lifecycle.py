@@ -39,7 +39,7 @@ def test_a_pod_that_ends_asks_the_workers_to_save_and_waits(run: RunFolder) -> N
     attempt = run.begin_attempt()
 
     def worker() -> None:
-        while not run.stop_requested():
+        while not run.stop_requested(attempt):
             time.sleep(0.02)
         time.sleep(0.3)  # saving
         run.outcome(attempt).write_text(json.dumps({"kind": "stopped"}))
@@ -51,6 +51,8 @@ def test_a_pod_that_ends_asks_the_workers_to_save_and_waits(run: RunFolder) -> N
     training.join()
     assert done.returncode == 0, done.stderr
     assert ended
+    assert "is to end" in run.why_stopped(attempt)
+    assert not run.stop_requested(attempt + 1), "a retry is asked nothing"
 
 
 def test_a_save_that_takes_too_long_says_where_the_run_goes_on(run: RunFolder) -> None:
@@ -63,10 +65,10 @@ def test_a_save_that_takes_too_long_says_where_the_run_goes_on(run: RunFolder) -
 
 def test_a_finished_run_and_one_that_never_began_are_asked_nothing(run: RunFolder, tmp_path: Path) -> None:
     assert lifecycle.save(run, 1)
-    assert not run.stop_requested()
-    run.outcome(run.begin_attempt()).write_text("{}")
+    attempt = run.begin_attempt()
+    run.outcome(attempt).write_text("{}")
     assert lifecycle.save(run, 1)
-    assert not run.stop_requested()
+    assert not run.stop_requested(attempt)
     nothing = RunFolder(tmp_path / "runs" / "other")
     assert lifecycle.save(nothing, 1)
     assert not nothing.root.exists()
