@@ -61,7 +61,7 @@ class Cluster:
         """
         deadline = time.monotonic() + self._patience_s
         while True:
-            known = self._latest(spec.record, store)
+            known, number = self._latest(spec.record, store)
             if known is not None and known.state not in FREE_AFTER:
                 if known.recipe != spec.record.recipe:
                     raise ChangedError(
@@ -69,7 +69,6 @@ class Cluster:
                         "Stop it first, give the run another name, or submit with another --key.",
                     )
                 return known
-            number = 1 if known is None else known.number + 1
             record = spec.record.model_copy(
                 update={
                     "id": job_id(spec.record.run, spec.record.key, number),
@@ -123,20 +122,23 @@ class Cluster:
                 return
             time.sleep(RETRY_S)
 
-    def _latest(self, record: JobRecord, store: RunStore) -> JobRecord | None:
-        """The newest job of the key, in its true state. One look at the cluster decides: between two, others submit.
+    def _latest(self, record: JobRecord, store: RunStore) -> tuple[JobRecord | None, int]:
+        """The newest job of the key on this cluster, in its true state, and the number of the next one.
 
-        The store is read first. What it knows was on the cluster before; if it is not there afterwards, the cluster has lost it.
+        One look at the cluster decides: between two, others submit. The store is read first. What it knows was on the cluster
+        before; if it is not there afterwards, the cluster has lost it. No number is given twice, on whichever cluster.
         """
         start = prefix(record.run, record.key)
-        known = {one.id: one for one in store.jobs() if one.id.startswith(start)}
+        noted = [one for one in store.jobs() if one.id.startswith(start)]
         seen, records = self.look()
-        known = {id: one for id, one in records.items() if id.startswith(start)} | known
+        known = {id: one for id, one in records.items() if id.startswith(start)}
+        known |= {one.id: one for one in noted if one.cluster == self.address}
+        number = 1 + max((one.number for one in [*noted, *known.values()]), default=0)
         if not known:
-            return None
+            return None, number
         last = max(known.values(), key=lambda one: one.number)
         state, why = state_of(last, seen.get(last.id), time.time())
-        return last.model_copy(update={"state": state, "why": why})
+        return last.model_copy(update={"state": state, "why": why}), number
 
     def _live_nodes(self) -> set[str]:
         """Ids of the nodes that live. A restarted head still believes for half a minute in the one that it was before."""

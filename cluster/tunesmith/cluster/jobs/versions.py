@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -30,9 +29,10 @@ def code_digest() -> str:
     digest = hashlib.sha256()
     for portion in PORTIONS:
         spec = importlib.util.find_spec(f"tunesmith.{portion}")
-        folders = (spec and spec.submodule_search_locations) or []
-        for path in sorted(Path(next(iter(folders), os.devnull)).rglob("*.py")):
-            digest.update(f"{portion}/{path.name}\0".encode() + path.read_bytes() + b"\0")
+        assert spec is not None, f"there is no tunesmith.{portion}"
+        folder = Path((spec.submodule_search_locations or [])[0])
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{portion}/{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
