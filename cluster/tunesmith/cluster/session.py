@@ -222,6 +222,9 @@ class RaySession:
             wanted |= LOCAL_SETTINGS
             if not _token_exists():
                 wanted["RAY_AUTH_TOKEN"] = _own_token()
+        elif _is_loopback(self.address):
+            # Ray would put this machine's own address in its place, where a cluster that keeps to loopback does not answer.
+            wanted["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         for name, value in wanted.items():
             if name not in os.environ:
                 self._saved_environment[name] = None
@@ -330,6 +333,10 @@ def require_answer(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_PATIENCE_S).close()
     except OSError as error:
         raise ConnectionError(f"nothing answers there ({error.strerror or error})") from error
+
+
+def _is_loopback(address: str | None) -> bool:
+    return (address or "").rpartition(":")[0].strip("[]") in ("127.0.0.1", "localhost", "::1")
 
 
 def _drop_ray_output(data: dict[str, Any], ignore_prefix: bool) -> None:
