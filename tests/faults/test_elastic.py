@@ -17,6 +17,7 @@ from trainings import losses, recipe, trainer_here, write_rows, zero
 from workers import run_workers
 
 from tunesmith.cluster.metrics import read_metrics
+from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers.batch import digest
 
 TRAIN = {"max_steps": None, "epochs": 2, "gradient_accumulation_steps": 2}
@@ -113,7 +114,7 @@ def workers_seen(run: Path) -> list[int]:
 def test_a_machine_that_is_lost_is_done_without_and_one_that_comes_is_used(
     tmp_path: Path, tiny_base: Path, cluster: RayCluster
 ):
-    small_runs.write_rows(tmp_path / "rows.jsonl", 6000)
+    small_runs.write_rows(tmp_path / "rows.jsonl", 3000)
 
     def recipe_with(name: str, **settings: Any) -> Path:
         made = small_runs.small_recipe(name, tiny_base, tmp_path / "rows.jsonl", tmp_path / "runs")
@@ -149,4 +150,5 @@ def test_a_machine_that_is_lost_is_done_without_and_one_that_comes_is_used(
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], abs=3e-4)
     about = json.loads((run / "artifact" / "MANIFEST.json").read_text())
     assert about["elastic"]
+    assert RunFolder(run).current_attempt() == 3, "one attempt for each number of workers"
     assert [workers for _, workers in about["workers"]] == [2, 1, 2]

@@ -71,7 +71,8 @@ class Watchman:
             self._due = now + 3 * self._every  # those who still can write down their stacks and end themselves
         elif not self.is_local:
             self._look_for_drains(beats, on_event)
-            self._look_for_room(on_event)
+            if len(beats) == self.world:  # what workers that are not there yet will take still looks free
+                self._look_for_room(on_event)
 
     def _beats(self) -> dict[int, Beat]:
         found = ((rank, read_beat(self.folder, rank)) for rank in range(self.world))
