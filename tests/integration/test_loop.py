@@ -33,7 +33,7 @@ def _stop_early(folder: Path) -> None:
     best = min(evaluated, key=lambda step: evaluated[step])
     assert trainer.progress.step == best + 4 < 40, "two evaluations after the best"
     assert trainer.held_out is not None
-    again = trainer.held_out.loss(trainer.engine, trainer.device)
+    again = trainer.held_out.loss(trainer.engine, trainer.device, trainer.moved)
     assert again == pytest.approx(evaluated[best], abs=1e-6), "the artifact's weights are not the best ones"
     assert (folder / "runs" / "early" / "checkpoints" / f"step-{best:08d}").is_dir()
 

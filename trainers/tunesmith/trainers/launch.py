@@ -183,7 +183,11 @@ def run_folder(recipe: Recipe) -> RunFolder:
 
 
 def require_writable(root: Path) -> None:
-    """Raises OutputError unless a folder can be made there. Tries it: permission bits say nothing to root, and nothing about what is mounted read-only."""
+    """Tries whether a folder can be made there: permission bits say nothing to root, and nothing about read-only mounts.
+
+    Raises:
+        OutputError: it cannot.
+    """
     nearest = next(path for path in (root, *root.parents) if path.exists())
     if not nearest.is_dir():
         raise OutputError(f"{nearest} is a file, so runs cannot be written below it", "Set output.dir to a folder.")

@@ -1,8 +1,8 @@
 """The training loop: one worker's life from the recipe to the artifact, read from top to bottom.
 
-Ray Train starts it, but it knows only `torch.distributed` and a callable that says that work goes on. Nothing here is state that could be
-derived: the batches, the learning rate and the dropout of a step follow from its number, so a run that resumes from the
-checkpoint of step N goes on bit for bit as the unbroken one would have.
+Ray Train starts it, but it knows only `torch.distributed` and a callable that says that work goes on. Nothing here is state
+that could be derived: the batches, the learning rate and the dropout of a step follow from its number, so a run that resumes
+from the checkpoint of step N goes on bit for bit as the unbroken one would have.
 """
 
 from __future__ import annotations
@@ -240,9 +240,8 @@ class Trainer:
         rate = self.schedule.learning_rate(index)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        totals = torch.zeros(
-            5 + self.world, dtype=torch.float64
-        )  # loss, router loss, broken, must stop, examples, paces
+        # loss, router loss, broken gradients, asked to stop, digest of the examples, pace of each worker
+        totals = torch.zeros(5 + self.world, dtype=torch.float64)
         broken: list[int] = []
         for micro in range(self.accumulation):
             batch = self.micro_batch(plan, micro, max(1.0, labels))
