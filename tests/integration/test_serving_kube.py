@@ -48,7 +48,7 @@ def address(ray_session: RaySession, tmp_path_factory: pytest.TempPathFactory) -
         url,
         Keys(StateLog(str(folder / "registry"), "keys")).create("acme", time.time(), scopes=("infer",), limits=None),
     )
-    take_down(is_alone=False)
+    take_down(is_alone=True)  # the next service has a port of its own
 
 
 def deployed(written: Path, tree: dict[str, Any], folder: Path) -> dict[str, Any]:

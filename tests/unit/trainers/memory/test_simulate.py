@@ -92,5 +92,19 @@ def test_a_gradient_that_is_freed_at_once_is_not_held() -> None:
     assert freed.windows[last].total() < kept.windows[last].total()
 
 
+def test_a_base_can_be_simulated_in_four_bits_after_a_real_one_was_quantised() -> None:
+    from bitsandbytes import functional
+
+    functional.quantize_4bit(torch.ones(64, 64), compress_statistics=True, quant_type="nf4")  # it keeps its tables
+    recipe = _recipe("lora")
+    written = recipe.model_dump(mode="json", exclude_unset=True)
+    four_bits = Recipe.model_validate(written | {"model": written["model"] | {"quantization": "nf4"}})
+    model = config("llama").to_dict()
+    packed = _simulate(four_bits, model, 2, "kept", 2).fixed_bytes
+    assert packed > _simulate(recipe, model, 2, "kept", 2).fixed_bytes, (
+        "packed weights are no numbers that a stage shards"
+    )
+
+
 def _nonzero(parts: dict[str, int]) -> dict[str, int]:
     return {cause: size for cause, size in parts.items() if size}
