@@ -69,8 +69,7 @@ def assert_the_same_run(run: Path, unbroken: Path) -> None:
     assert small_runs.weights(run / "artifact") == small_runs.weights(unbroken / "artifact")
 
 
-def resumed_from(run: Path) -> int:
-    """The step that the newest attempt went on from, as its workers' own metrics prove: the checkpoint it loaded."""
+def newest_checkpoint(run: Path) -> int:
     return max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-????????"))
 
 
@@ -113,11 +112,20 @@ def test_a_machine_that_is_drained_is_left_in_time(folder: Path, unbroken: Path,
     code, out, words = command.finish()
     assert (code, out) == (75, ""), words
     assert "of rank 1 is to be taken away within" in words
-    assert resumed_from(run) == small_runs.last_step(run)
+    assert newest_checkpoint(run) == small_runs.last_step(run)
     cluster.add_node()
     code, _, words = start("drained").finish()
     assert code == 0, words
     assert_the_same_run(run, unbroken)
+
+
+def begun(cluster: RayCluster, start: Start, run: Path, step: int) -> Command:
+    """The run on two nodes, so many steps on."""
+    cluster.add_node()
+    cluster.add_node()
+    command = start(run.name)
+    command.wait_for_step(run, step)
+    return command
 
 
 @pytest.mark.matrix
@@ -125,10 +133,7 @@ def test_a_driver_that_is_killed_leaves_the_cluster_free_and_the_same_command_go
     folder: Path, unbroken: Path, cluster: RayCluster, start: Start
 ):
     run = folder / "runs" / "driver"
-    cluster.add_node()
-    cluster.add_node()
-    command = start("driver")
-    command.wait_for_step(run, 5)
+    command = begun(cluster, start, run, step=5)
     pids = [small_runs.worker_pid(run, rank) for rank in (0, 1)]
     os.killpg(command.process.pid, signal.SIGKILL)
     command.finish()
@@ -143,22 +148,19 @@ def test_a_driver_that_is_killed_leaves_the_cluster_free_and_the_same_command_go
 def test_a_head_that_is_killed_and_comes_back_loses_nothing(
     folder: Path, unbroken: Path, cluster: RayCluster, start: Start
 ):
-    run = folder / "runs" / "head"
-    cluster.add_node()
-    cluster.add_node()
-    command = start("head")
-    command.wait_for_step(run, 5)
+    run = folder / "runs" / "beheaded"
+    command = begun(cluster, start, run, step=5)
     assert cluster.head is not None
     cluster.head.kill()
     code, out, words = command.finish()
     assert (code, out) == (1, ""), words
-    assert "head" in words
+    assert "head of the cluster" in words
     assert "Traceback" not in words
     for node in cluster.nodes:
         node.kill()
     cluster.start_head()
     cluster.add_node()
     cluster.add_node()
-    code, _, words = start("head").finish()
+    code, _, words = start("beheaded").finish()
     assert code == 0, words
     assert_the_same_run(run, unbroken)
