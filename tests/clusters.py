@@ -1,4 +1,4 @@
-"""Ray clusters of several nodes on this machine, started and killed from outside, as machines come and go."""
+"""Ray clusters of several nodes on this machine, killed from outside, as machines come and go. All of it on the loopback interface."""
 
 from __future__ import annotations
 
@@ -12,27 +12,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+from tunesmith.cluster.local_node import LOOPBACK, NodeSpec
+from tunesmith.cluster.session import LOCAL_SETTINGS
+
 PATIENCE_S = 120.0
-RAY = str(Path(sys.executable).with_name("ray"))
-HEAD = "--head"
+MEMORY_GIB = 8.0
 
 
 class RayNode:
-    """`ray start --block` and all that it starts, in a process group of its own."""
+    """A node's process and all that it starts, in a process group of its own."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
-        self.log = log
-        with log.open("ab") as out:
+    def __init__(self, spec: NodeSpec, environment: dict[str, str]) -> None:
+        Path(spec.ready).unlink(missing_ok=True)
+        self.log = Path(spec.ready).with_suffix(".log")
+        with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                [RAY, "start", "--block", *arguments],
+                [sys.executable, "-m", "tunesmith.cluster.local_node", spec.to_json()],
                 env=environment,
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
             )
+        deadline = time.monotonic() + PATIENCE_S
+        while not Path(spec.ready).exists():
+            assert self.process.poll() is None, f"{spec.name} did not come up:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, f"waited {PATIENCE_S} s for {spec.name}:\n{self.log.read_text()}"
+            time.sleep(0.05)
 
     def kill(self) -> None:
         """Takes the machine away without grace."""
@@ -42,21 +49,27 @@ class RayNode:
 
 
 class RayCluster:
-    """A head without CPUs of its own, and nodes of one CPU each. Use as a context manager."""
+    """A head without CPUs of its own, and nodes of one CPU each. Use as a context manager.
 
-    def __init__(self) -> None:
+    Args:
+        durable: whether a head that is started again knows what the one before it knew.
+    """
+
+    def __init__(self, durable: bool = True) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="cl-", dir="/tmp"))  # Ray's sockets have short paths
-        self.port = _free_port()
-        self.address = f"127.0.0.1:{self.port}"
+        self.gcs_port, self.dashboard_port = _free_ports(2)
+        self.address = f"{LOOPBACK}:{self.gcs_port}"
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            **LOCAL_SETTINGS,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
-            "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_health_check_initial_delay_ms": "0",
             "RAY_health_check_period_ms": "500",
             "RAY_health_check_failure_threshold": "4",
         }
+        if durable:
+            self.environment |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self.folder / "gcs")}
         self.nodes: list[RayNode] = []
         self.head: RayNode | None = None
 
@@ -71,40 +84,22 @@ class RayCluster:
 
     def start_head(self) -> None:
         """Starts the head, again on the same port."""
-        arguments = [HEAD, f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false", *self._common()]
-        self.head = RayNode(arguments, self.environment, self.folder / "head.log")
-        self._wait_until(self._answers, "the head to answer")
+        self.head = RayNode(self._spec("head", cpus=0), self.environment)
 
     def add_node(self) -> RayNode:
         """Starts a node."""
-        log = self.folder / f"node-{len(self.nodes)}.log"
-        node = RayNode([f"--address={self.address}", "--num-cpus=1", *self._common()], self.environment, log)
-        self.nodes.append(node)
-        self._wait_until(lambda: "Ray runtime started" in log.read_text(), "a node to join")
-        return node
+        self.nodes.append(RayNode(self._spec(f"node-{len(self.nodes)}", cpus=1), self.environment))
+        return self.nodes[-1]
 
-    def _common(self) -> list[str]:
-        return [
-            "--node-ip-address=127.0.0.1",
-            f"--temp-dir={self.folder / 'r'}",
-            "--object-store-memory=80000000",
-            "--disable-usage-stats",
-        ]
-
-    def _answers(self) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
-            return True
-        return False
-
-    def _wait_until(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not condition():
-            logs = "\n".join(path.read_text() for path in self.folder.glob("*.log"))
-            assert time.monotonic() < deadline, f"waited for {what}:\n{logs}"
-            time.sleep(0.1)
+    def _spec(self, name: str, cpus: int) -> NodeSpec:
+        ready = str(self.folder / f"{name}.ready")
+        ray = str(self.folder / "r")
+        return NodeSpec(name, name == "head", cpus, 0, MEMORY_GIB, self.gcs_port, self.dashboard_port, ray, ready)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((LOOPBACK, 0))
+        return [probe.getsockname()[1] for probe in probes]

@@ -60,19 +60,28 @@ class Command:
     """`tunesmith train RECIPE --json`, as a shell runs it."""
 
     def __init__(self, recipe: Path, *options: str, environment: dict[str, str] | None = None) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tunesmith.cluster.main", "train", str(recipe), "--json", *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | (environment or {}),
-            start_new_session=True,  # of which it is the process group's leader, as under a shell with a terminal
-        )
+        self._said = Path(f"{recipe}.stderr")
+        with self._said.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tunesmith.cluster.main", "train", str(recipe), "--json", *options],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=os.environ | (environment or {}),
+                start_new_session=True,  # of which it is the process group's leader, as under a shell with a terminal
+            )
 
     def finish(self) -> tuple[int, str, str]:
         """Exit code, standard output and standard error."""
-        out, said = self.process.communicate(timeout=PATIENCE_S)
-        return self.process.returncode, out, said
+        out, _ = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode, out, self.said()
+
+    def said(self) -> str:
+        """Standard error so far."""
+        return self._said.read_text()
+
+    def wait_for_words(self, words: str) -> None:
+        self.wait_until(lambda: words in self.said(), f"{words!r}")
 
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
         """Waits while the command runs; fails when it ends first."""

@@ -31,6 +31,9 @@ START_PATIENCE_S = 30.0
 CONNECT_PATIENCE_S = 5.0
 """How long a cluster may take to accept a connection. Ray itself tries for many minutes, and says so at length."""
 
+PROBE_PATIENCE_S = 1.0
+"""How long the head of a cluster that was joined may take, while something else waits for the answer."""
+
 TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a lost worker is noticed in half a second, not two
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -73,6 +76,7 @@ class RaySession:
         self._close = threading.Event()
         self._failure: BaseException | None = None
         self._folder: Path | None = None
+        self._head: str | None = None
         self._saved_environment: dict[str, str | None] = {}
 
     @property
@@ -119,6 +123,26 @@ class RaySession:
         leaving = draining_nodes()
         staying = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
         return self._described(staying, available_resources_per_node())
+
+    @property
+    def head(self) -> str:
+        """Host and port of the cluster's head, as far as it is known."""
+        return self._head or self.address or "this machine"
+
+    def head_answers(self) -> bool:
+        """Whether the head of the cluster accepts connections; asks nothing of Ray, which would wait and then end this process."""
+        try:
+            require_answer(self.head, PROBE_PATIENCE_S)
+        except ConnectionError:
+            return False
+        return True
+
+    def is_same_cluster(self) -> bool:
+        """Whether the head that answers knows what this process has joined; one that has forgotten it answers no request."""
+        from ray._private.worker import global_worker
+        from ray._raylet import GcsClient
+
+        return GcsClient(address=self.head).cluster_id.hex() == global_worker.gcs_client.cluster_id.hex()
 
     def _described(self, nodes: list[dict[str, Any]], resources: dict[str, dict[str, float]]) -> list[Node]:
         if self.local:
@@ -173,7 +197,7 @@ class RaySession:
     def _connect(self) -> bool:
         """Whether this call connected, and close() must disconnect."""
         if self.address is not None:
-            require_answer(self.address)
+            require_answer(self.head)
         logging.getLogger("ray").setLevel(logging.ERROR)  # importing Ray in a thread warns about signal handlers
         import ray
 
@@ -191,7 +215,8 @@ class RaySession:
             tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         if self.address is not None:
-            ray.init(address=self.address, **quiet)
+            ray.init(address=self.head, **quiet)
+            self._head = ray.get_runtime_context().gcs_address
             return True
         machine = this_machine()
         self._folder = short_temporary_folder()
@@ -318,8 +343,8 @@ def _apart_from_our_signals() -> Iterator[None]:
         services.ConsolePopen = saved
 
 
-def require_answer(address: str) -> None:
-    """Raises unless something accepts connections at a cluster's address.
+def require_answer(address: str, patience_s: float = CONNECT_PATIENCE_S) -> None:
+    """Raises unless something accepts connections at a cluster's address within so many seconds.
 
     Raises:
         ConnectionError: nothing does, or the address is not `auto` or host:port.
@@ -330,7 +355,7 @@ def require_answer(address: str) -> None:
     if "://" in address or not colon or not port.isdigit():
         raise ConnectionError("the address of a cluster is `auto` or host:port, as in 10.0.0.5:6379")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_PATIENCE_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=patience_s).close()
     except OSError as error:
         raise ConnectionError(f"nothing answers there ({error.strerror or error})") from error
 

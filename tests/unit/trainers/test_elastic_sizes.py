@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
 
-from tunesmith.cluster.errors import WorkerError
+from tunesmith.cluster.errors import ResourceError, StoppedError, WorkerError
 from tunesmith.cluster.events import Note
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.resources import Need, Node
 from tunesmith.trainers.elastic import Growth, at, inexact, largest, worlds
 from tunesmith.trainers.machines import Machines
+from tunesmith.trainers.stopping import StopSignals
 
 
 def recipe(workers: Any, accumulation: int = 1, **cluster: Any) -> Recipe:
@@ -89,9 +91,12 @@ class Cluster:
         return self.looks.pop(0)[1] if len(self.looks) > 1 else self.looks[0][1]
 
 
+def of(cluster: Any, sizes: list[int], wait_s: float = 60) -> Machines:
+    return Machines(Need(sizes[-1], cpus=1), sizes, cluster, wait_s, 60, StopSignals("run"))
+
+
 def wait(cluster: Any, sizes: list[int], wait_s: float = 60, said: list[Any] | None = None) -> int:
-    machines = Machines(Need(sizes[-1], cpus=1), sizes, cluster, wait_s, 60)
-    return machines.wait(said.append if said is not None else lambda _: None).workers
+    return of(cluster, sizes, wait_s).wait(said.append if said is not None else lambda _: None).workers
 
 
 @pytest.fixture(autouse=True)
@@ -143,3 +148,43 @@ def test_what_cannot_be_elastic_is_refused(changed: dict[str, Any], said: str):
     whole = recipe(1).model_dump(exclude_unset=True)
     with pytest.raises(ValueError, match=said):
         Recipe.model_validate(whole | changed)
+
+
+def test_a_signal_ends_the_wait_for_machines():
+    machines = of(Cluster((ONE, ONE)), [2, 4])
+    machines.signals.received = signal.SIGTERM
+    with pytest.raises(StoppedError, match="it was waiting for machines, and no worker was at work"):
+        machines.wait(lambda _: None)
+
+
+class LostCluster:
+    """A session whose cluster can be joined at the last of so many tries."""
+
+    local = False
+
+    def __init__(self, tries: int) -> None:
+        self.tries, self.closed = tries, 0
+
+    def nodes(self) -> list[Node]:
+        self.tries -= 1
+        if self.tries:
+            raise ResourceError("no Ray cluster could be joined at head:6379: nothing answers there")
+        return ONE
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_a_cluster_that_is_lost_is_left_and_waited_for():
+    cluster, said = LostCluster(tries=3), []
+    of(cluster, [1]).rejoin(said.append)
+    assert cluster.closed == 3, "left, and not joined by halves"
+    assert [event.text for event in said] == [
+        "waiting up to 60 s for the cluster: no Ray cluster could be joined at head:6379: nothing answers there"
+    ]
+
+
+def test_a_cluster_that_does_not_come_back_is_an_error_with_what_to_do():
+    with pytest.raises(WorkerError, match="after 0 s no Ray cluster could be joined at head:6379") as error:
+        of(LostCluster(tries=10**9), [1], wait_s=0.02).rejoin(lambda _: None)
+    assert "the same command goes on" in error.value.fix

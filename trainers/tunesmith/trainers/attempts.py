@@ -17,6 +17,8 @@ class LostAttempt:
     """Step of the newest checkpoint when it began; 0 for none."""
     ended_at: int
     """Step of the newest checkpoint when it ended."""
+    cause: str = ""
+    """What ended it that was no rank's."""
 
     @property
     def brought_a_checkpoint(self) -> bool:
@@ -70,5 +72,5 @@ def decide(history: Sequence[LostAttempt], max_failures: int) -> Retry | GiveUp:
 
 def _causes(attempt: LostAttempt) -> str:
     if not attempt.causes:
-        return "its workers"
+        return f"its workers ({attempt.cause})" if attempt.cause else "its workers"
     return ", ".join(f"rank {rank} ({cause})" for rank, cause in sorted(attempt.causes.items()))

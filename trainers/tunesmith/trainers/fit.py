@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,9 @@ from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.resources import Need
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.tail import MetricsTail
+from tunesmith.trainers.head_watch import HeadWatch
 from tunesmith.trainers.lean import ClusterTrainer, LocalTrainer
+from tunesmith.trainers.machines import Machines
 from tunesmith.trainers.rendezvous import Rendezvous
 from tunesmith.trainers.stopping import StopSignals
 from tunesmith.trainers.watchman import Watchman, who
@@ -40,15 +41,22 @@ class Ending:
     """Ranks whose process is gone, and what is known of it."""
     raised: dict[int, str] = field(default_factory=dict)
     """Ranks that raised: for a reason of their own, or because another one is gone."""
+    cause: str = ""
+    """What ended the attempt that was no rank's."""
     moves_on: bool = False
     """Whether the workers were asked to save for the run to go on with others."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it was workers, or what carries them, that ended the attempt, and not training."""
+        return bool(self.died or self.cause)
 
 
 def fit(
     recipe: Recipe,
     inputs: Inputs,
     need: Need,
-    more: Callable[[], int | None],
+    machines: Machines,
     attempt: int,
     allow_change: bool,
     signals: StopSignals,
@@ -60,7 +68,7 @@ def fit(
 
     Args:
         need: what this attempt asks for.
-        more: says how many workers to go on with instead, when it is time to.
+        machines: the cluster, where there may come to be room for more workers.
     """
     folder, timeout_s, stall_s = inputs.folder, recipe.cluster.timeout_s, recipe.cluster.stall_s
     scratch = folder.root / ".ray"
@@ -91,11 +99,12 @@ def fit(
         ),
     )
     steps, warnings = MetricsTail(folder.metrics), MetricsTail(folder.warnings(attempt))
-    watchman = Watchman(folder, attempt, need.workers, stall_s, inputs.local, recipe.cluster.is_elastic, more)
+    head, more = None if inputs.local else HeadWatch(machines.session), machines.more_than(need.workers)
+    watchman = Watchman(folder, attempt, need.workers, stall_s, head, recipe.cluster.is_elastic, more)
     work = _Work(trainer)
     work.start()
     try:
-        while work.is_alive():
+        while work.is_alive() and watchman.lost_head is None:
             work.join(POLL_SECONDS)
             signals.acknowledge(on_event)
             for line in warnings.lines():
@@ -105,6 +114,8 @@ def fit(
             watchman.look(on_event)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if watchman.lost_head is not None:
+        return Ending(cause=watchman.lost_head)
     if work.failure is not None and not isinstance(work.failure, TrainingFailedError | RayError):
         raise work.failure
     if watchman.stall is not None:
@@ -137,9 +148,9 @@ def _ending(failure: TrainingFailedError | RayError | None, folder: RunFolder) -
         raised = {rank: _first_line(error) for rank, error in failure.worker_failures.items() if rank not in died}
         return Ending(died, raised)
     if isinstance(failure, ControllerError):
-        return Ending({0: f"Ray Train could not start the workers: {_first_line(failure.controller_failure)}"})
+        return Ending(cause=f"Ray Train could not start them: {_first_line(failure.controller_failure)}")
     if failure is not None:
-        return Ending({0: f"Ray lost the controller: {_first_line(failure)}"})
+        return Ending(cause=f"Ray lost the controller: {_first_line(failure)}")
     return Ending()
 
 

@@ -247,7 +247,7 @@ def _attempts(
 ) -> Result:
     recipe, folder, lost = inputs.recipe, inputs.folder, []
     max_failures, cluster = recipe.train.max_failures, recipe.cluster  # read now: workers refuse unread keys
-    machines = Machines(inputs.need, worlds(recipe), session, cluster.wait_s, cluster.grow_after_s)
+    machines = Machines(inputs.need, worlds(recipe), session, cluster.wait_s, cluster.grow_after_s, signals)
     machines.require()
     from tunesmith.trainers.fit import fit  # only now: Ray's modules import each other, which two threads cannot do
 
@@ -258,24 +258,26 @@ def _attempts(
         if recipe.cluster.is_elastic:
             on_event(Warned(f"attempt {attempt}: {inexact(recipe, need.workers)}"))
         on_event(Training(recipe.name, attempt, from_step, recipe.train.max_steps))
-        ending = fit(recipe, inputs, need, machines.more_than(need.workers), attempt, allow_change, signals, on_event)
+        ending = fit(recipe, inputs, need, machines, attempt, allow_change, signals, on_event)
         on_event(Ended())
         outcome = read_outcome(folder.outcome(attempt))
         if outcome is not None and outcome.kind == "done":
             return _result(folder, outcome.result)
         if ending.moves_on and outcome is not None and outcome.error == StoppedError.__name__ and not signals.received:
             continue
-        if outcome is not None and (outcome.kind == "error" or not ending.died):
+        if outcome is not None and (outcome.kind == "error" or not ending.is_lost):
             raise signals.translated(outcome.to_error())
         if signals.received is not None:
             raise signals.error(
                 f"workers were lost before they had saved; the newest checkpoint is step {folder.newest_step()}"
             )
-        lost.append(LostAttempt(attempt, ending.died or ending.raised, from_step, folder.newest_step()))
+        causes = ending.died or ({} if ending.cause else ending.raised)
+        lost.append(LostAttempt(attempt, causes, from_step, folder.newest_step(), ending.cause))
         decision = decide(lost, max_failures)
         if isinstance(decision, GiveUp):
             raise WorkerError(decision.what, decision.fix)
         on_event(Warned(decision.warning))
+        machines.rejoin(on_event)
 
 
 def draw(folder: RunFolder, on_event: Listener = ignore) -> None:

@@ -11,6 +11,7 @@ from tunesmith.cluster.events import Listener, Note
 from tunesmith.cluster.resources import Need, fitting, require_resources
 from tunesmith.cluster.session import RaySession
 from tunesmith.trainers.elastic import Growth, largest
+from tunesmith.trainers.stopping import StopSignals
 
 POLL_S = 2.0
 RELEASE_S = 10.0
@@ -23,14 +24,21 @@ class Machines:
     Args:
         need: of as many workers as may be.
         worlds: numbers of workers that may be, ascending; a single one for a run that is not elastic.
-        wait_s: how long to wait for the fewest.
+        wait_s: how long to wait for the fewest, and for a head that is lost.
         grow_after_s: how long there must be room for more before it is used.
+        signals: end every wait.
     """
 
     def __init__(
-        self, need: Need, worlds: Sequence[int], session: RaySession, wait_s: float, grow_after_s: float
+        self,
+        need: Need,
+        worlds: Sequence[int],
+        session: RaySession,
+        wait_s: float,
+        grow_after_s: float,
+        signals: StopSignals,
     ) -> None:
-        self.need, self.worlds, self.session = need, worlds, session
+        self.need, self.worlds, self.session, self.signals = need, worlds, session, signals
         self.wait_s, self.grow_after_s = wait_s, grow_after_s
 
     def require(self) -> None:
@@ -48,6 +56,7 @@ class Machines:
 
         Raises:
             WorkerError: there is no room for the fewest after `wait_s` seconds; says what is missing.
+            StoppedError, InterruptedRunError: a signal came.
         """
         began, is_told = time.monotonic(), False
         while True:
@@ -68,7 +77,43 @@ class Machines:
             if not is_told and (possible is None or waited >= RELEASE_S):
                 on_event(Note(f"waiting up to {self.wait_s:.0f} s for machines: {self._missing(room)}"))
                 is_told = True
-            time.sleep(POLL_S)
+            self._pause("machines")
+
+    def rejoin(self, on_event: Listener) -> None:
+        """Joins the cluster anew after a lost attempt, and waits for it: of a head that has died, this process has only what
+        answers no more.
+
+        Raises:
+            WorkerError: there is no cluster after `wait_s` seconds.
+            StoppedError, InterruptedRunError: a signal came.
+        """
+        if self.session.local:
+            return
+        self.session.close()
+        began, is_told = time.monotonic(), False
+        while (missing := self._missing_cluster()) is not None:
+            if time.monotonic() - began >= self.wait_s:
+                raise WorkerError(
+                    f"after {self.wait_s:.0f} s {missing}",
+                    "When the cluster is back, the same command goes on from the last checkpoint.",
+                )
+            if not is_told:
+                on_event(Note(f"waiting up to {self.wait_s:.0f} s for the cluster: {missing}"))
+                is_told = True
+            self._pause("the cluster")
+
+    def _missing_cluster(self) -> str | None:
+        try:
+            self.session.nodes()
+        except ResourceError as error:
+            self.session.close()
+            return error.what
+        return None
+
+    def _pause(self, what: str) -> None:
+        if self.signals.received is not None:
+            raise self.signals.error(f"it was waiting for {what}, and no worker was at work")
+        time.sleep(POLL_S)
 
     def more_than(self, world: int) -> Callable[[], int | None]:
         """To be asked now and then while so many workers train: how many to go on with instead, None for no change."""

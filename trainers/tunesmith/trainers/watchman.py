@@ -1,4 +1,4 @@
-"""What the driver watches while workers train: whether they hang, and whether their machines are about to be taken away."""
+"""What the driver watches while workers train: whether they hang, and what becomes of their machines."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import psutil
 from tunesmith.cluster.events import Listener, Note, Warned
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.session import draining_nodes
+from tunesmith.trainers.head_watch import HeadWatch
 from tunesmith.trainers.heartbeat import Beat, interval, read_beat
 from tunesmith.trainers.stall import Stall, StallWatch
 from tunesmith.trainers.worker import log_file
@@ -24,11 +25,13 @@ class Watchman:
     """Watches one attempt; `look` is called often and does its rounds when they are due.
 
     Args:
+        head: of the cluster; None for a Ray of our own.
         is_elastic: whether the run goes on without a machine that is taken away.
         more: says how many workers to go on with instead, when it is time to.
 
     Attributes:
-        stall: why the attempt was given up, once it was.
+        stall: what hangs, once the attempt was given up for that.
+        lost_head: what became of the head, once the attempt was given up for that.
         moves_on: whether the workers were asked to save for the run to go on with others.
     """
 
@@ -38,13 +41,14 @@ class Watchman:
         attempt: int,
         world: int,
         stall_s: float,
-        is_local: bool,
+        head: HeadWatch | None,
         is_elastic: bool,
         more: Callable[[], int | None],
     ) -> None:
-        self.folder, self.attempt, self.world, self.is_local = folder, attempt, world, is_local
+        self.folder, self.attempt, self.world, self.head = folder, attempt, world, head
         self.is_elastic, self.moves_on, self._more = is_elastic, False, more
         self.stall: Stall | None = None
+        self.lost_head: str | None = None
         self._watch = StallWatch(world, stall_s)
         self._every = min(interval(stall_s), DRAIN_POLL_S)
         self._due = time.monotonic() + self._every
@@ -69,10 +73,8 @@ class Watchman:
             )
             self._give_up(self.stall)
             self._due = now + 3 * self._every  # those who still can write down their stacks and end themselves
-        elif not self.is_local:
-            self._look_for_drains(beats, on_event)
-            if len(beats) == self.world:  # what workers that are not there yet will take still looks free
-                self._look_for_room(on_event)
+        elif self.head is not None:
+            self._look_at_the_cluster(self.head, beats, on_event)
 
     def _beats(self) -> dict[int, Beat]:
         found = ((rank, read_beat(self.folder, rank)) for rank in range(self.world))
@@ -82,6 +84,15 @@ class Watchman:
         with log_file(self.folder).open("a") as log:
             log.write(stall.report())
         self.folder.abort_file(self.attempt).touch()
+
+    def _look_at_the_cluster(self, head: HeadWatch, beats: dict[int, Beat], on_event: Listener) -> None:
+        self.lost_head = head.look(time.monotonic())
+        if self.lost_head is not None:
+            self.folder.abort_file(self.attempt).touch()
+        elif not head.is_silent:
+            self._look_for_drains(beats, on_event)
+            if len(beats) == self.world:  # what workers that are not there yet will take still looks free
+                self._look_for_room(on_event)
 
     def _look_for_drains(self, beats: dict[int, Beat], on_event: Listener) -> None:
         draining = draining_nodes()
