@@ -188,7 +188,7 @@ def test_a_worker_that_is_stopped_is_noticed_named_and_replaced(
     log = (run / "log.txt").read_text()
     assert "=== the attempt hangs" in log
     assert f"rank {1 - rank} (process" in log
-    assert "is ended because the attempt hangs; its threads" in log
+    assert "is ended because the attempt is given up; its threads" in log
     assert log.count("loop.py") > 1, "both ranks' stacks"
     assert not small_runs.is_alive(pid)
     assert_the_same_run(run, unbroken)
