@@ -36,10 +36,14 @@ class RayNode:
                 start_new_session=True,
             )
         deadline = time.monotonic() + PATIENCE_S
-        while not Path(spec.ready).exists():
-            assert self.process.poll() is None, f"{spec.name} did not come up:\n{self.log.read_text()}"
-            assert time.monotonic() < deadline, f"waited {PATIENCE_S} s for {spec.name}:\n{self.log.read_text()}"
-            time.sleep(0.05)
+        try:
+            while not Path(spec.ready).exists():
+                assert self.process.poll() is None, f"{spec.name} did not come up:\n{self.log.read_text()}"
+                assert time.monotonic() < deadline, f"waited {PATIENCE_S} s for {spec.name}:\n{self.log.read_text()}"
+                time.sleep(0.05)
+        except BaseException:  # nobody else knows of the process yet
+            self.kill()
+            raise
 
     def kill(self) -> None:
         """Takes the machine away without grace."""

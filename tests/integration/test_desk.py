@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import ray
 
+from tunesmith.cluster.jobs import desk as jobs_desk
 from tunesmith.cluster.jobs.desk import Answer, Desk
 from tunesmith.cluster.queue.state import Job
 from tunesmith.cluster.resources import Need
 from tunesmith.cluster.session import RaySession, live_nodes
+from tunesmith.serving import service
 
 LEASE_S = 4.0
 PATIENCE_S = 60.0
@@ -102,3 +104,8 @@ def test_a_desk_that_was_restarted_listens_before_it_lets_anybody_start(drivers:
     assert drivers.ask("a").act == "go on"
     drivers.leave("a")
     drivers.until("b", "start")
+
+
+def test_a_service_on_the_same_cluster_has_a_desk_of_another_name() -> None:
+    """Both are detached actors, and a service that starts ends the one of its name."""
+    assert (jobs_desk.NAMESPACE, jobs_desk.NAME) != (service.NAMESPACE, service.DESK)

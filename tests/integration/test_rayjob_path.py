@@ -54,13 +54,16 @@ def test_a_pod_that_ends_saves_and_the_retry_goes_on_to_the_end(rendered: tuple[
     entrypoint = [sys.executable, *job["spec"]["entrypoint"].split()[1:]]
     hook = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["lifecycle"]
     first = subprocess.Popen(entrypoint, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 240
-    while not run.exists() or len(read_metrics(run / "metrics.jsonl")) < 10:
-        assert first.poll() is None, first.communicate()[1]
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    saved = subprocess.run([sys.executable, *hook["preStop"]["exec"]["command"][1:]], check=False, timeout=120)
-    said = first.communicate(timeout=120)[1]
+    try:
+        end = time.monotonic() + 240
+        while not run.exists() or len(read_metrics(run / "metrics.jsonl")) < 10:
+            assert first.poll() is None, first.communicate()[1]
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        saved = subprocess.run([sys.executable, *hook["preStop"]["exec"]["command"][1:]], check=False, timeout=120)
+        said = first.communicate(timeout=120)[1]
+    finally:
+        first.kill()
     assert saved.returncode == 0
     assert first.returncode == 75, said
     (checkpoint,) = (run / "checkpoints").glob("step-*")

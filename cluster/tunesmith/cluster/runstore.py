@@ -241,11 +241,10 @@ def _default_url() -> str:
 
 
 def _prepare_sqlite(connection: Any, _: object) -> None:
-    connection.isolation_level = (
-        None  # transactions begin where we say, not at the first write: BEGIN IMMEDIATE never deadlocks
-    )
+    """No write-ahead log: it needs memory that all writers share, and home folders often lie on storage of several machines."""
+    # transactions begin where we say, not at the first write: BEGIN IMMEDIATE never deadlocks
+    connection.isolation_level = None
     connection.execute(f"PRAGMA busy_timeout = {BUSY_S * 1000}")
-    connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA foreign_keys = ON")
 
 

@@ -34,7 +34,7 @@ from tunesmith.serving.metrics import Report
 from tunesmith.serving.registry import Registry
 
 APPLICATION = "tunesmith"
-DESK, NAMESPACE = "tunesmith-desk", "tunesmith"
+DESK, NAMESPACE = "tunesmith-serving-desk", "tunesmith"
 HEARTBEAT_S = 2.0
 NEWS_S = 5.0
 """How often an engine's replica tells the desk what it has done."""
@@ -129,7 +129,7 @@ class EngineReplica:
 
 
 class DeskActor:
-    """The desk in an actor of its own: `tunesmith-desk`."""
+    """The desk in an actor of its own."""
 
     def __init__(self, config: dict[str, Any], digests: dict[str, str]) -> None:
         checked = Serve(**config)

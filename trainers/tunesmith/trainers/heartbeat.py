@@ -102,12 +102,14 @@ class Heartbeat(threading.Thread):
     def run(self) -> None:
         while not self._left.wait(self._interval):
             self._beat()
-            if self._abort.exists():
-                self._end()
+            with contextlib.suppress(OSError):  # storage that fails asks nothing, and must not silence this thread
+                if self._abort.exists():
+                    self._end()
 
     def leave(self) -> None:
         """The last beat: the worker has ended by itself."""
         self._left.set()
+        self.join()  # a beat that is being written would take the place of the last one
         self._write(replace(self._last, has_left=True))
 
     def _beat(self) -> None:

@@ -42,10 +42,13 @@ def validate(
     """Check manifests: schemas, what KubeRay and Kueue refuse besides, and security. Needs no cluster."""
     from tunesmith.cluster.console import print_json, say, stderr
     from tunesmith.cluster.kube import check
-    from tunesmith.cluster.kube.schemas import load_folder
+    from tunesmith.cluster.kube.schemas import load_folder, unchecked_rules
 
-    documents = check.read(manifests)
-    found = check.check_documents(documents, load_folder(schemas) if schemas else None, frozenset(gates or ()))
+    documents, extra = check.read(manifests), load_folder(schemas) if schemas else {}
+    for kind, schema in extra.items():
+        if unchecked := unchecked_rules(schema):
+            say(stderr(), f"warning: {kind}: {len(unchecked)} of its rules (CEL) are not checked", "yellow")
+    found = check.check_documents(documents, extra, frozenset(gates or ()))
     if as_json:
         findings = [finding.as_json() for finding in found]
         print_json({"valid": not found, "documents": len(documents), "findings": findings})
