@@ -110,15 +110,23 @@ class RaySession:
         alive = [node for node in ray.nodes() if node["Alive"]]
         return self._described(alive, {node["NodeID"]: node["Resources"] for node in alive})
 
+    def staying_nodes(self) -> list[Node]:
+        """As `nodes`, without those that are about to be taken away: Ray starts nothing more on them."""
+        staying = self._staying()
+        return self._described(staying, {node["NodeID"]: node["Resources"] for node in staying})
+
     def free_nodes(self) -> list[Node]:
-        """As `nodes`, with what nobody uses now, and without those that are about to be taken away."""
-        self.nodes()
-        import ray
+        """As `staying_nodes`, with what nobody uses now."""
         from ray._private.state import available_resources_per_node
 
+        return self._described(self._staying(), available_resources_per_node())
+
+    def _staying(self) -> list[dict[str, Any]]:
+        self.nodes()
+        import ray
+
         leaving = draining_nodes()
-        staying = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
-        return self._described(staying, available_resources_per_node())
+        return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
 
     def _described(self, nodes: list[dict[str, Any]], resources: dict[str, dict[str, float]]) -> list[Node]:
         if self.local:

@@ -76,12 +76,12 @@ class Machines:
         return lambda: None if growth.is_over else growth.look(world + self._room(free=True), time.monotonic())
 
     def _room(self, free: bool) -> int:
-        nodes = self.session.free_nodes() if free else self.session.nodes()
+        nodes = self.session.free_nodes() if free else self.session.staying_nodes()
         return sum(fitting(node, self.need) for node in nodes)
 
     def _missing(self, room: int) -> str:
         try:
-            self.require()
+            require_resources(replace(self.need, workers=self.worlds[0]), self.session.staying_nodes())
         except ResourceError as missing:
             return missing.what
         return f"there is room for {room} workers, and the run needs {self.worlds[0]}; others use the rest"
