@@ -1,7 +1,7 @@
 """Checkpoints of another number of workers: their ZeRO shards are put together by DeepSpeed's universal checkpoint, and cut anew.
 
-The converted copy lies beside the checkpoint while it is read, and is no checkpoint: nothing signs it, and a crash leaves what
-the next save removes.
+The converted copy lies beside the checkpoint while it is read, and is no checkpoint: nothing signs it, and what a crash leaves of
+it the next conversion or save removes. The checkpoint itself is only read.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ from tunesmith.cluster.errors import CheckpointError
 from tunesmith.cluster.storage import FileRecord, begin_folder, explained, held, require_space
 from tunesmith.trainers.ranks import on_first
 
-COPIES = 2
-"""Of the checkpoint that a conversion takes: the shards cut into parameters, and the parameters put together."""
 WEIGHTS = "*_model_states.pt"
+SHARDS = "*_optim_states.pt"
+"""Each worker's share of the fp32 weights and the optimizer's state."""
 
 
 @contextmanager
-def converted(path: Path, files: Mapping[str, FileRecord]) -> Iterator[Path]:
+def converted(path: Path, files: Mapping[str, FileRecord], stage: int) -> Iterator[Path]:
     """A copy of a checkpoint that any number of workers can load, removed afterwards. Collective.
 
     Args:
         path: its folder; every file has been read and found whole.
         files: what its manifest names. Converting unpickles, so the folder may hold no other file that is read.
+        stage: the ZeRO stage that it was written under.
 
     Raises:
         CheckpointError: the folder holds files that the manifest does not name.
         DiskFullError, StorageError: there is no room for the copy, or it cannot be written.
     """
-    scratch = on_first(lambda: _convert(path, files))
+    scratch = on_first(lambda: _convert(path, files, stage))
     try:
         yield scratch / "universal"
         dist.barrier()  # all have read it
@@ -47,11 +48,20 @@ def converted(path: Path, files: Mapping[str, FileRecord]) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _convert(path: Path, files: Mapping[str, FileRecord]) -> Path:
+def bytes_needed(files: Mapping[str, FileRecord], stage: int) -> int:
+    """Disk that a conversion takes at its peak: the shards cut into parameters, and the parameters put together.
+
+    Under ZeRO-3 DeepSpeed puts the whole of the first worker's shard beside them.
+    """
+    shards = [record.size for name, record in files.items() if Path(name).match(SHARDS)]
+    return 2 * sum(shards) + (max(shards, default=0) if stage == 3 else 0)
+
+
+def _convert(path: Path, files: Mapping[str, FileRecord], stage: int) -> Path:
     strange = sorted({file.relative_to(path).as_posix() for file in path.rglob("*.pt")} - set(files))
     if strange:
         raise CheckpointError(f"{path}: the manifest does not name {strange[0]}, so the checkpoint is not converted")
-    needed = COPIES * sum(record.size for record in files.values())
+    needed = bytes_needed(files, stage)
     require_space(path, needed)
     scratch = begin_folder(path.with_name("converted"))
     settings = Namespace(
