@@ -83,6 +83,14 @@ class RayCluster:
         self._wait_until(lambda: "Ray runtime started" in log.read_text(), "a node to join")
         return node
 
+    def drain(self, node_id: str, within_s: int) -> None:
+        """Announces that a node is to be taken away after so many seconds, as a cloud does before it preempts one."""
+        command = [
+            RAY, "drain-node", "--address", self.address, "--node-id", node_id, "--reason",
+            "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", str(within_s),
+        ]  # fmt: skip
+        subprocess.run(command, env=self.environment, check=True, capture_output=True)
+
     def _common(self) -> list[str]:
         return [
             "--node-ip-address=127.0.0.1",

@@ -6,14 +6,13 @@ import json
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import small_runs
-from clusters import RAY, RayCluster
+from clusters import RayCluster
 from small_runs import Command
 
 from tunesmith.cluster.runs import RunFolder
@@ -103,12 +102,7 @@ def test_a_machine_that_is_drained_is_left_in_time(folder: Path, unbroken: Path,
     command = start("drained")
     path = run / "control" / "rank-1.json"
     command.wait_until(path.exists, "rank 1 to begin")
-    beat = json.loads(path.read_text())
-    drain = [
-        RAY, "drain-node", "--address", cluster.address, "--node-id", beat["node"], "--reason",
-        "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "60",
-    ]  # fmt: skip
-    subprocess.run(drain, env=cluster.environment, check=True, capture_output=True)
+    cluster.drain(json.loads(path.read_text())["node"], within_s=60)
     code, out, words = command.finish()
     assert (code, out) == (75, ""), words
     assert "of rank 1 is to be taken away within" in words

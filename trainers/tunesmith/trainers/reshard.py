@@ -19,7 +19,7 @@ from deepspeed.checkpoint import ds_to_universal
 
 from tunesmith.cluster.errors import CheckpointError
 from tunesmith.cluster.storage import FileRecord, begin_folder, explained, held, require_space
-from tunesmith.trainers.ranks import on_first
+from tunesmith.trainers.ranks import on_first_at_length
 
 WEIGHTS = "*_model_states.pt"
 SHARDS = "*_optim_states.pt"
@@ -39,7 +39,7 @@ def converted(path: Path, files: Mapping[str, FileRecord], stage: int) -> Iterat
         CheckpointError: the folder holds files that the manifest does not name.
         DiskFullError, StorageError: there is no room for the copy, or it cannot be written.
     """
-    scratch = on_first(lambda: _convert(path, files, stage))
+    scratch = on_first_at_length(lambda: _convert(path, files, stage))
     try:
         yield scratch / "universal"
         dist.barrier()  # all have read it
@@ -49,12 +49,13 @@ def converted(path: Path, files: Mapping[str, FileRecord], stage: int) -> Iterat
 
 
 def bytes_needed(files: Mapping[str, FileRecord], stage: int) -> int:
-    """Disk that a conversion takes at its peak: the shards cut into parameters, and the parameters put together.
+    """Disk that a conversion takes at its peak: the shards cut into parameters, the parameters put together, and the rest.
 
     Under ZeRO-3 DeepSpeed puts the whole of the first worker's shard beside them.
     """
     shards = [record.size for name, record in files.items() if Path(name).match(SHARDS)]
-    return 2 * sum(shards) + (max(shards, default=0) if stage == 3 else 0)
+    rest = sum(record.size for record in files.values()) - sum(shards)
+    return 2 * sum(shards) + rest + (max(shards, default=0) if stage == 3 else 0)
 
 
 def _convert(path: Path, files: Mapping[str, FileRecord], stage: int) -> Path:
