@@ -92,6 +92,8 @@ def load_converted(engine: Any, folder: Path) -> bool:
     """Gives an engine its share of a converted copy; whether there was one. Collective."""
     settings = engine._config
     settings.load_universal_checkpoint = True
+    if engine.zero_optimization_stage() < 3:
+        _load_only_what_is_held(engine.optimizer)
     try:
         loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
     finally:
@@ -100,6 +102,25 @@ def load_converted(engine: Any, folder: Path) -> bool:
         _load_buffers(engine, folder)
         _count_steps_apart(engine)
     return loaded is not None
+
+
+def _load_only_what_is_held(optimizer: Any) -> None:
+    """Has DeepSpeed pass over groups of parameters of which this worker holds no element, as of a few numbers among many
+    workers: it asks for the step of the first that is held."""
+    load = type(optimizer).load_hp_checkpoint_state_from_checkpoint_dir
+
+    def load_held(groups_name: str, folder: str) -> None:
+        groups, settings = getattr(optimizer, groups_name), optimizer.optimizer.param_groups
+        held = [index for index, group in enumerate(groups) if any(one._hp_mapping is not None for one in group)]
+        setattr(optimizer, groups_name, [groups[index] for index in held])
+        optimizer.optimizer.param_groups = [settings[index] for index in held]
+        try:
+            load(optimizer, groups_name, folder)
+        finally:
+            setattr(optimizer, groups_name, groups)
+            optimizer.optimizer.param_groups = settings
+
+    optimizer.load_hp_checkpoint_state_from_checkpoint_dir = load_held
 
 
 def _count_steps_apart(engine: Any) -> None:
