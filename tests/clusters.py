@@ -95,6 +95,14 @@ class RayCluster:
         self.nodes.append(RayNode(self._spec(f"node-{len(self.nodes)}", cpus=1), self.environment))
         return self.nodes[-1]
 
+    def drain(self, node_id: str, within_s: int) -> None:
+        """Announces that a node is to be taken away after so many seconds, as a cloud does before it preempts one."""
+        command = [
+            str(Path(sys.executable).with_name("ray")), "drain-node", "--address", self.address, "--node-id", node_id, "--reason",
+            "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", str(within_s),
+        ]  # fmt: skip
+        subprocess.run(command, env=self.environment, check=True, capture_output=True)
+
     def _spec(self, name: str, cpus: int) -> NodeSpec:
         ready = str(self.folder / f"{name}.ready")
         ray = str(self.folder / "r")

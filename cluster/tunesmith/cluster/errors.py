@@ -50,6 +50,10 @@ class ResourceError(UsageError):
     """The cluster has fewer GPUs, CPUs or bytes than the recipe asks for."""
 
 
+class LostHeadError(ResourceError):
+    """The head of the cluster that was joined does not answer."""
+
+
 class FleetError(UsageError):
     """A fleet names no known GPU, has an impossible shape, or its file has a mistake."""
 

@@ -79,12 +79,12 @@ def test_room_that_comes_and_goes_changes_nothing_and_room_that_stays_is_used():
 
 
 class Cluster:
-    """What a session says of a cluster whose nodes change from look to look; the last stays."""
+    """What a session says of the nodes that stay, which change from look to look; the last look stays."""
 
     def __init__(self, *looks: tuple[list[Node], list[Node]]) -> None:
         self.looks = list(looks)
 
-    def nodes(self) -> list[Node]:
+    def staying_nodes(self) -> list[Node]:
         return self.looks[0][0]
 
     def free_nodes(self) -> list[Node]:

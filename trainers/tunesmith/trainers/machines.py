@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from tunesmith.cluster.errors import ResourceError, WorkerError
+from tunesmith.cluster.errors import LostHeadError, ResourceError, WorkerError
 from tunesmith.cluster.events import Listener, Note
 from tunesmith.cluster.resources import Need, fitting, require_resources
 from tunesmith.cluster.session import RaySession
@@ -58,6 +58,13 @@ class Machines:
             WorkerError: there is no room for the fewest after `wait_s` seconds; says what is missing.
             StoppedError, InterruptedRunError: a signal came.
         """
+        while True:
+            try:
+                return self._wait(on_event)
+            except LostHeadError:
+                self.rejoin(on_event)
+
+    def _wait(self, on_event: Listener) -> Need:
         began, is_told = time.monotonic(), False
         while True:
             waited = time.monotonic() - began
@@ -121,12 +128,12 @@ class Machines:
         return lambda: None if growth.is_over else growth.look(world + self._room(free=True), time.monotonic())
 
     def _room(self, free: bool) -> int:
-        nodes = self.session.free_nodes() if free else self.session.nodes()
+        nodes = self.session.free_nodes() if free else self.session.staying_nodes()
         return sum(fitting(node, self.need) for node in nodes)
 
     def _missing(self, room: int) -> str:
         try:
-            self.require()
+            require_resources(replace(self.need, workers=self.worlds[0]), self.session.staying_nodes())
         except ResourceError as missing:
             return missing.what
         return f"there is room for {room} workers, and the run needs {self.worlds[0]}; others use the rest"

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import psutil
 
+from tunesmith.cluster.errors import LostHeadError
 from tunesmith.cluster.events import Listener, Note, Warned
 from tunesmith.cluster.runs import RunFolder
-from tunesmith.cluster.session import draining_nodes
+from tunesmith.cluster.ray_nodes import ray_nodes
 from tunesmith.trainers.head_watch import HeadWatch
 from tunesmith.trainers.heartbeat import Beat, interval, read_beat
 from tunesmith.trainers.stall import Stall, StallWatch
@@ -90,12 +91,13 @@ class Watchman:
         if self.lost_head is not None:
             self.folder.abort_file(self.attempt).touch()
         elif not head.is_silent:
-            self._look_for_drains(beats, on_event)
-            if len(beats) == self.world:  # what workers that are not there yet will take still looks free
-                self._look_for_room(on_event)
+            with contextlib.suppress(LostHeadError):  # which the next look finds
+                self._look_for_drains(beats, on_event)
+                if len(beats) == self.world:  # what workers that are not there yet will take still looks free
+                    self._look_for_room(on_event)
 
     def _look_for_drains(self, beats: dict[int, Beat], on_event: Listener) -> None:
-        draining = draining_nodes()
+        draining = {node.id: node.deadline for node in ray_nodes() if node.is_draining}
         for rank, beat in sorted(beats.items()):
             if beat.node in draining and beat.node not in self._draining:
                 self._draining.add(beat.node)

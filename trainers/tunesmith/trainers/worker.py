@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 LOST_PEER_SIGNS = (
     "Connection closed by peer",
+    "Connection was likely closed",
     "Connection reset by peer",
     "Connection refused",
     "Broken pipe",
