@@ -90,7 +90,7 @@ class Cluster:
 
 
 def wait(cluster: Any, sizes: list[int], wait_s: float = 60, said: list[Any] | None = None) -> int:
-    machines = Machines(Need(sizes[-1], cpus=1), sizes, cluster, wait_s, 60)
+    machines = Machines(Need(sizes[-1], cpus=1), sizes, cluster, wait_s, 60, {})
     return machines.wait(said.append if said is not None else lambda _: None).workers
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.util.placement_group import NODE_ID_LABEL_KEY
 
 from tunesmith.cluster.events import Listener, Step, Warned
 from tunesmith.cluster.recipe.schema import Recipe
@@ -48,6 +49,7 @@ def fit(
     recipe: Recipe,
     inputs: Inputs,
     need: Need,
+    nodes: Sequence[str],
     more: Callable[[], int | None],
     attempt: int,
     allow_change: bool,
@@ -60,6 +62,7 @@ def fit(
 
     Args:
         need: what this attempt asks for.
+        nodes: ids of the nodes on which its workers are to be, one for each; where Ray puts them when it is empty.
         more: says how many workers to go on with instead, when it is time to.
     """
     folder, timeout_s, stall_s = inputs.folder, recipe.cluster.timeout_s, recipe.cluster.stall_s
@@ -80,9 +83,7 @@ def fit(
             "stall_s": stall_s,
         },
         backend_config=Rendezvous(str(folder.root), attempt),
-        scaling_config=ScalingConfig(
-            num_workers=need.workers, use_gpu=need.gpus > 0, resources_per_worker=need.ray_resources()
-        ),
+        scaling_config=_scaling(need, nodes),
         run_config=RunConfig(
             name=f"{folder.name}-{attempt}",
             storage_path=str(scratch),
@@ -110,6 +111,15 @@ def fit(
     if watchman.stall is not None:
         return Ending({rank: f"{watchman.stall.beats[rank].who} {why}" for rank, why in watchman.stall.odd.items()})
     return replace(_ending(work.failure, folder), moves_on=watchman.moves_on)
+
+
+def _scaling(need: Need, nodes: Sequence[str]) -> ScalingConfig:
+    return ScalingConfig(
+        num_workers=need.workers,
+        use_gpu=need.gpus > 0,
+        resources_per_worker=need.ray_resources(),
+        label_selector=[{NODE_ID_LABEL_KEY: node} for node in nodes] or None,
+    )
 
 
 class _Work(threading.Thread):

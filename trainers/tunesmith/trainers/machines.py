@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from tunesmith.cluster.errors import ResourceError, WorkerError
 from tunesmith.cluster.events import Listener, Note
 from tunesmith.cluster.resources import Need, fitting, require_resources
-from tunesmith.cluster.session import RaySession
+from tunesmith.cluster.session import RaySession, draining_nodes, live_nodes
 from tunesmith.trainers.elastic import Growth, largest
 
 POLL_S = 2.0
@@ -25,12 +25,19 @@ class Machines:
         worlds: numbers of workers that may be, ascending; a single one for a run that is not elastic.
         wait_s: how long to wait for the fewest.
         grow_after_s: how long there must be room for more before it is used.
+        places: workers by the id of the node that somebody has chosen for them, if somebody has.
     """
 
     def __init__(
-        self, need: Need, worlds: Sequence[int], session: RaySession, wait_s: float, grow_after_s: float
+        self,
+        need: Need,
+        worlds: Sequence[int],
+        session: RaySession,
+        wait_s: float,
+        grow_after_s: float,
+        places: Mapping[str, int],
     ) -> None:
-        self.need, self.worlds, self.session = need, worlds, session
+        self.need, self.worlds, self.session, self.places = need, worlds, session, places
         self.wait_s, self.grow_after_s = wait_s, grow_after_s
 
     def require(self) -> None:
@@ -69,6 +76,16 @@ class Machines:
                 on_event(Note(f"waiting up to {self.wait_s:.0f} s for machines: {self._missing(room)}"))
                 is_told = True
             time.sleep(POLL_S)
+
+    def nodes_for(self, need: Need) -> list[str]:
+        """Ids of the nodes on which an attempt's workers are to be, one for each; empty where Ray may choose.
+
+        So it may when one of the chosen nodes is gone or leaves, or when there are fewer workers than were placed.
+        """
+        staying = {node.name for node in live_nodes()} - set(draining_nodes())
+        if sum(self.places.values()) != need.workers or not staying.issuperset(self.places):
+            return []
+        return [node for node, workers in self.places.items() for _ in range(workers)]
 
     def more_than(self, world: int) -> Callable[[], int | None]:
         """To be asked now and then while so many workers train: how many to go on with instead, None for no change."""
