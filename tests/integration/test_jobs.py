@@ -173,8 +173,8 @@ def test_other_versions_end_a_job_with_what_differs_and_shipped_code_is_what_run
 
     def changed(folder: Path) -> Path:
         package = gather(folder)
-        with (package / "trainers" / "worker.py").open("a") as module:
-            module.write('\nprint("the code that was sent")\n')
+        with (package / "trainers" / "loop.py").open("a") as module:
+            module.write('\nprint("the code that was sent", flush=True)\n')
         return package
 
     code = gathered_code.digest(changed(folder / "sent").parent)
