@@ -28,10 +28,11 @@ class Drivers:
         self.desk = desk
         (node,) = live_nodes()
         self.need = Need(1, node.cpus)
+        self.expected_s: float | None = None
         self.holding: dict[str, Mapping[str, int]] = {}
 
     def ask(self, id: str, priority: int = 0, user: str = "ann") -> Answer:
-        job = Job(id, user, self.need, priority=priority)
+        job = Job(id, user, self.need, priority=priority, expected_s=self.expected_s)
         answer = ray.get(self.desk.ask.remote(job, 0.0, self.holding.get(id), None))
         if answer.act == "start":
             self.holding[id] = answer.placed
@@ -65,9 +66,18 @@ short_lease = pytest.mark.parametrize("drivers", [SHORT_LEASE_S], indirect=True)
 def test_one_holds_the_workers_the_others_are_told_why_they_wait(drivers: Drivers) -> None:
     drivers.until("a", "start")
     assert drivers.ask("a").act == "go on"
-    assert drivers.until("b", "wait", "with the end of a").why.startswith("next in line: 0 of 1 worker")
+    why = drivers.until("b", "wait", "with the end of a").why
+    assert why.startswith("next in line: 0 of 1 worker")
+    assert "room comes at an unknown time" in why
     drivers.leave("a")
     drivers.until("b", "start")
+
+
+def test_until_a_run_knows_when_it_ends_what_its_submitter_expects_counts(drivers: Drivers) -> None:
+    drivers.expected_s = 7200.0
+    drivers.until("a", "start")
+    assert drivers.ask("a").act == "go on"
+    assert "room comes in about" in drivers.until("b", "wait", "with the end of a").why
 
 
 def test_a_start_that_was_not_heard_is_said_again(drivers: Drivers) -> None:

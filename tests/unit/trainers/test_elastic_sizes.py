@@ -11,7 +11,7 @@ from tunesmith.cluster.events import Note
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.resources import Need, Node
 from tunesmith.trainers.elastic import Growth, at, inexact, largest, worlds
-from tunesmith.trainers.machines import Machines
+from tunesmith.trainers.machines import Machines, still_good
 
 
 def recipe(workers: Any, accumulation: int = 1, **cluster: Any) -> Recipe:
@@ -143,3 +143,10 @@ def test_what_cannot_be_elastic_is_refused(changed: dict[str, Any], said: str):
     whole = recipe(1).model_dump(exclude_unset=True)
     with pytest.raises(ValueError, match=said):
         Recipe.model_validate(whole | changed)
+
+
+def test_workers_stay_where_they_were_placed_while_all_of_their_nodes_are_there():
+    places = {"a": 2, "b": 1}
+    assert still_good(places, 3, {"a", "b", "c"}) == ["a", "a", "b"]
+    assert still_good(places, 3, {"a", "c"}) == []
+    assert still_good(places, 2, {"a", "b", "c"}) == []

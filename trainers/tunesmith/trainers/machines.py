@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 
 from tunesmith.cluster.errors import ResourceError, WorkerError
@@ -78,14 +78,10 @@ class Machines:
             time.sleep(POLL_S)
 
     def nodes_for(self, need: Need) -> list[str]:
-        """Ids of the nodes on which an attempt's workers are to be, one for each; empty where Ray may choose.
-
-        So it may when one of the chosen nodes is gone or leaves, or when there are fewer workers than were placed.
-        """
-        staying = {node.name for node in live_nodes()} - set(draining_nodes())
-        if sum(self.places.values()) != need.workers or not staying.issuperset(self.places):
+        """Ids of the nodes on which an attempt's workers are to be, one for each; empty where Ray may choose."""
+        if not self.places:
             return []
-        return [node for node, workers in self.places.items() for _ in range(workers)]
+        return still_good(self.places, need.workers, {node.name for node in live_nodes()} - draining_nodes().keys())
 
     def more_than(self, world: int) -> Callable[[], int | None]:
         """To be asked now and then while so many workers train: how many to go on with instead, None for no change."""
@@ -111,3 +107,10 @@ class Machines:
                     f"{', '.join(map(str, self.worlds))} workers only"
                 )
             )
+
+
+def still_good(places: Mapping[str, int], workers: int, staying: Set[str]) -> list[str]:
+    """The node of each worker, if there are as many as were placed and none of the nodes is gone or leaves; else nothing."""
+    if sum(places.values()) != workers or not places.keys() <= staying:
+        return []
+    return [node for node, count in places.items() for _ in range(count)]
