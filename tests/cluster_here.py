@@ -18,7 +18,7 @@ import small_runs
 from tunesmith.cluster import local
 from tunesmith.cluster.runstore import record_file
 
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def test_a_pod_that_ends_saves_and_the_retry_goes_on_to_the_end(rendered: tuple[
     entrypoint = [sys.executable, *job["spec"]["entrypoint"].split()[1:]]
     hook = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["lifecycle"]
     first = subprocess.Popen(entrypoint, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 240
+    end = time.monotonic() + 600
     while not run.exists() or len(read_metrics(run / "metrics.jsonl")) < 10:
         assert first.poll() is None, first.communicate()[1]
         assert time.monotonic() < end
@@ -66,8 +66,8 @@ def test_a_pod_that_ends_saves_and_the_retry_goes_on_to_the_end(rendered: tuple[
         while not RunFolder(run).attempt_stop_file(1).exists():
             assert time.monotonic() < end
             time.sleep(0.1)
-    assert ending.wait(timeout=240) == 0
-    said = first.communicate(timeout=240)[1]
+    assert ending.wait(timeout=600) == 0
+    said = first.communicate(timeout=600)[1]
     assert first.returncode == 75, said
     (checkpoint,) = (run / "checkpoints").glob("step-*")
     stopped_at = int(checkpoint.name.partition("-")[2])

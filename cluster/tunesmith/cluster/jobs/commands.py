@@ -192,7 +192,7 @@ def describe(name: str, address: str | None, as_json: bool) -> None:
     about = {
         **job.model_dump(),
         **(_of_sweep(folder) if job.kind == "sweep" else _of_run(folder)),
-        "artifact": job.artifact or None,
+        "artifact": str(_artifact(job)) if _artifact(job).exists() else None,
         "events": [{"at": at, "text": text} for at, text in events],
     }
     if as_json:
@@ -203,6 +203,11 @@ def describe(name: str, address: str | None, as_json: bool) -> None:
     lines += [f"attempts {folder.current_attempt()} · {how_far(job)}" if job.kind == "train" else how_far(job)]
     lines += [f"{datetime.fromtimestamp(at):%Y-%m-%d %H:%M:%S}  {text}" for at, text in events]
     say(stdout(), "\n".join(lines))
+
+
+def _artifact(job: JobRecord) -> Path:
+    """As the driver has noted it, or where a run has it whose driver did not live to do so."""
+    return Path(job.artifact) if job.artifact else RunFolder(Path(job.folder)).artifact
 
 
 def _of_run(folder: RunFolder) -> dict[str, int]:
@@ -276,11 +281,10 @@ def artifacts(name: str, address: str | None, as_json: bool) -> None:
         CheckpointError: it is damaged.
     """
     job = View(address).job(name)
-    folder = Path(job.artifact)
-    if not job.artifact or not folder.exists():
-        seen = f"{job.artifact} is not seen from here" if job.artifact else "nothing here tells of an artifact"
+    folder = _artifact(job)
+    if not folder.exists():
         raise UsageError(
-            f"job {job.id} is {job.state}, and {seen}",
+            f"job {job.id} is {job.state}, and {folder} is not there or not seen from here",
             "An artifact is there when the job has succeeded; on a cluster, look where its nodes see it.",
         )
     manifest = verify(folder)
