@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,21 @@ def last_step(run: Path) -> int:
 def worker_pid(run: Path, rank: int) -> int:
     """Process of a rank of the current attempt."""
     return json.loads((run / "control" / f"rank-{rank}.json").read_text())["pid"]
+
+
+@contextmanager
+def frozen(*runs: Path) -> Iterator[None]:
+    """The workers of these runs stand still within the block: they train nothing meanwhile, however long it takes."""
+    pids = [json.loads(path.read_text())["pid"] for run in runs for path in (run / "control").glob("rank-*.json")]
+    assert pids, f"no workers in {runs}"
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def kill_worker(run: Path, rank: int) -> None:

@@ -229,6 +229,11 @@ class RunFolder:
         names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.checkpoints.glob("step-*"))
         return max((int(name[1]) for name in names if name), default=0)
 
+    def trials(self) -> tuple[int, int]:
+        """Of a sweep: trials that were begun, and how many of them have ended."""
+        begun, ended = (list(self.root.glob(f"trials/*/{name}")) for name in ("values.json", "ended.json"))
+        return len(begun), len(ended)
+
     def has_checkpoint(self) -> bool:
         """Whether any committed checkpoint is there, whole or not."""
         return self.newest_step() > 0

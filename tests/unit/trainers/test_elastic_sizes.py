@@ -12,7 +12,7 @@ from tunesmith.cluster.events import Note
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.resources import Need, Node
 from tunesmith.trainers.elastic import Growth, at, inexact, largest, worlds
-from tunesmith.trainers.machines import Machines
+from tunesmith.trainers.machines import Machines, still_good
 from tunesmith.trainers.stopping import StopSignals
 
 
@@ -92,7 +92,7 @@ class Cluster:
 
 
 def of(cluster: Any, sizes: list[int], wait_s: float = 60) -> Machines:
-    return Machines(Need(sizes[-1], cpus=1), sizes, cluster, wait_s, 60, StopSignals("run"))
+    return Machines(Need(sizes[-1], cpus=1), sizes, cluster, wait_s, 60, StopSignals("run"), places={})
 
 
 def wait(cluster: Any, sizes: list[int], wait_s: float = 60, said: list[Any] | None = None) -> int:
@@ -188,3 +188,10 @@ def test_a_cluster_that_does_not_come_back_is_an_error_with_what_to_do():
     with pytest.raises(WorkerError, match="after 0 s no Ray cluster could be joined at head:6379") as error:
         of(LostCluster(tries=10**9), [1], wait_s=0.02).rejoin(lambda _: None)
     assert "the same command goes on" in error.value.fix
+
+
+def test_workers_stay_where_they_were_placed_while_all_of_their_nodes_are_there():
+    places = {"a": 2, "b": 1}
+    assert still_good(places, 3, {"a", "b", "c"}) == ["a", "a", "b"]
+    assert still_good(places, 3, {"a", "c"}) == []
+    assert still_good(places, 2, {"a", "b", "c"}) == []

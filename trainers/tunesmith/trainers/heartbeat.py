@@ -131,7 +131,10 @@ class Heartbeat(threading.Thread):
             part.replace(self._path)
 
     def _end(self) -> None:
-        print(f"rank {self._rank} (process {os.getpid()}) is ended because the attempt is given up; its threads:", flush=True)
+        print(
+            f"rank {self._rank} (process {os.getpid()}) is ended because the attempt is given up; its threads:",
+            flush=True,
+        )
         faulthandler.dump_traceback(file=sys.stdout.fileno(), all_threads=True)
         time.sleep(2 * self._interval)  # Ray ends all others with the first that is gone: they write theirs meanwhile
         os._exit(1)

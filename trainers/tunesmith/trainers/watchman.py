@@ -12,8 +12,8 @@ import psutil
 
 from tunesmith.cluster.errors import LostHeadError
 from tunesmith.cluster.events import Listener, Note, Warned
-from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.ray_nodes import ray_nodes
+from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers.head_watch import HeadWatch
 from tunesmith.trainers.heartbeat import Beat, interval, read_beat
 from tunesmith.trainers.stall import Stall, StallWatch
