@@ -33,7 +33,8 @@ def run(path: Path, as_json: bool) -> None:
     config = load_config(path)
     check(config)
     stop, up = threading.Event(), threading.Event()
-    with signals(stop, up), started(config) as url:
+    # again once Ray is up: its own handler of SIGTERM, which prints a stack, has taken the place of the first
+    with signals(stop, up), started(config) as url, signals(stop, up):
         up.set()
         if as_json:
             print_json({"url": url, "models": names(config)})
