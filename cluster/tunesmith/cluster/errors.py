@@ -62,6 +62,10 @@ class ServeConfigError(UsageError):
     """A key of a serving configuration is misspelt, of a wrong type or contradictory."""
 
 
+class ServeError(TunesmithError):
+    """A part of the service does not start."""
+
+
 class AdapterError(UsageError):
     """An adapter may not enter the registry, or an engine cannot serve it."""
 

@@ -18,6 +18,7 @@ from tunesmith.cluster.errors import ResourceError, ServeConfigError
 from tunesmith.cluster.resources import Node
 from tunesmith.cluster.session import RaySession
 from tunesmith.serving.config import Serve, load_config
+from tunesmith.serving.outside import headers_of
 from tunesmith.serving.registry import Registry
 from tunesmith.serving.statelog import StateLog
 
@@ -32,7 +33,8 @@ def run(path: Path, as_json: bool) -> None:
     config = load_config(path)
     check(config)
     stop, up = threading.Event(), threading.Event()
-    with signals(stop, up), started(config) as url:
+    # again once Ray is up: its own handler of SIGTERM, which prints a stack, has taken the place of the first
+    with signals(stop, up), started(config) as url, signals(stop, up):
         up.set()
         if as_json:
             print_json({"url": url, "models": names(config)})
@@ -54,6 +56,7 @@ def started(config: Serve, session: RaySession | None = None) -> Iterator[str]:
         nodes = ray_session.nodes()
         if ray_session.local:  # a cluster may be about to grow
             check_room(config, nodes)
+            headers_of(config.endpoints, os.environ)  # gateways here have this environment
         from tunesmith.serving import deployment
 
         output = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
@@ -73,7 +76,7 @@ def names(config: Serve) -> list[str]:
 
 
 def check(config: Serve) -> None:
-    """Refuses what would fail later, and names adapters that will not be served.
+    """Refuses what would fail later, and names what will not be served.
 
     Raises:
         ServeConfigError: the port is taken.
@@ -86,6 +89,15 @@ def check(config: Serve) -> None:
             "is not served; to reach it, give the base or mixture another name",
             "yellow",
         )
+    there = {*config.bases, *catalog.adapters}
+    for name, agent in config.agents.items():
+        asked = {one.model for one in agent.members if one.endpoint is None}
+        if missing := sorted(model for model in asked if model.partition("@")[0] not in there):
+            say(
+                stderr(),
+                f"agents.{name}: it asks {', '.join(missing)}: neither a base, nor an adapter of {config.registry} yet",
+                "yellow",
+            )
     with socket.socket(socket.AF_INET6 if ":" in config.http.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

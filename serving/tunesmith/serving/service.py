@@ -112,7 +112,7 @@ class EngineReplica:
         desk: Any = ray.get_actor(DESK, NAMESPACE)
         while True:
             await asyncio.sleep(NEWS_S)
-            if news := self._engine.diary.take():
+            if news := await self._engine.news():
                 found = {digest: await self._reference(digest) for digest in news.sketches}
                 desk.read_news.remote(base, news, {digest: one for digest, one in found.items() if one})
 
