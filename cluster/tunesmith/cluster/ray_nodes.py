@@ -52,9 +52,7 @@ def ray_nodes() -> list[RayNode]:
     Raises:
         LostHeadError: the head does not answer within 5 s.
     """
-    from ray._private.worker import global_worker
-
-    head = global_worker.gcs_client
+    head = _client()
     usage = {one.node_id: one for one in _ask(head.get_all_resource_usage).resource_usage_data.batch}
     found = []
     for id, about in sorted(_ask(head.get_all_node_info).items()):
@@ -73,6 +71,26 @@ def ray_nodes() -> list[RayNode]:
             )
         )
     return found
+
+
+def joined_cluster_id() -> str:
+    """What tells the cluster that this process has joined from every other."""
+    return _client().cluster_id.hex()
+
+
+def cluster_id(address: str) -> str:
+    """The same of the cluster whose head answers at an address."""
+    from ray import _raylet
+
+    raylet: Any = _raylet
+    return raylet.GcsClient(address=address).cluster_id.hex()
+
+
+def _client() -> Any:
+    from ray._private.worker import global_worker
+
+    worker: Any = global_worker
+    return worker.gcs_client
 
 
 def _ask(call: Callable[..., Any]) -> Any:

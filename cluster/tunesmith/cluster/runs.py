@@ -209,10 +209,9 @@ class RunFolder:
 
     def why_stopped(self, attempt: int) -> str:
         """` because …`, for a message; empty when somebody asked for it."""
-        try:
+        with contextlib.suppress(OSError):
             return f" because {self.attempt_stop_file(attempt).read_text()}"
-        except FileNotFoundError:
-            return ""
+        return ""
 
     def clear_stop(self) -> None:
         """Takes the request back."""

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from tunesmith.cluster.errors import ResourceError
-from tunesmith.cluster.ray_nodes import RayNode, ray_nodes
+from tunesmith.cluster.ray_nodes import RayNode, cluster_id, joined_cluster_id, ray_nodes
 from tunesmith.cluster.resources import GIB, Node, this_machine
 
 OBJECT_STORE_BYTES = 80 * 2**20
@@ -147,10 +147,7 @@ class RaySession:
 
     def is_same_cluster(self) -> bool:
         """Whether the head that answers knows what this process has joined; one that has forgotten it answers no request."""
-        from ray._private.worker import global_worker
-        from ray._raylet import GcsClient
-
-        return GcsClient(address=self.head).cluster_id.hex() == global_worker.gcs_client.cluster_id.hex()
+        return cluster_id(self.head) == joined_cluster_id()
 
     def _named(self, nodes: list[RayNode]) -> list[tuple[RayNode, str]]:
         """Each with what a message calls it."""

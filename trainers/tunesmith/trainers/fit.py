@@ -120,7 +120,7 @@ def fit(
         raise work.failure
     if watchman.stall is not None:
         return Ending({rank: f"{watchman.stall.beats[rank].who} {why}" for rank, why in watchman.stall.odd.items()})
-    return replace(_ending(work.failure, folder), moves_on=watchman.moves_on)
+    return replace(_ending(work.failure, folder, attempt), moves_on=watchman.moves_on)
 
 
 def _scaling(need: Need, nodes: Sequence[str]) -> ScalingConfig:
@@ -147,10 +147,10 @@ class _Work(threading.Thread):
             self.failure = failure
 
 
-def _ending(failure: TrainingFailedError | RayError | None, folder: RunFolder) -> Ending:
+def _ending(failure: TrainingFailedError | RayError | None, folder: RunFolder, attempt: int) -> Ending:
     if isinstance(failure, WorkerGroupError):
         died = {
-            rank: f"{who(folder, rank)} {_how(error)}"
+            rank: f"{who(folder, attempt, rank)} {_how(error)}"
             for rank, error in failure.worker_failures.items()
             if isinstance(error, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError)
         }
