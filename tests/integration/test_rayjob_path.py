@@ -65,6 +65,7 @@ def test_a_pod_that_ends_saves_and_the_retry_goes_on_to_the_end(rendered: tuple[
         with small_runs.frozen(run):  # else a fast machine is done before the hook has begun
             ending = subprocess.Popen([sys.executable, *hook["preStop"]["exec"]["command"][1:]])
             while not RunFolder(run).attempt_stop_file(1).exists():
+                assert ending.poll() is None
                 assert time.monotonic() < end
                 time.sleep(0.1)
         assert ending.wait(timeout=600) == 0

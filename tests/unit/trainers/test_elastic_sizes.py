@@ -177,7 +177,10 @@ class LostCluster:
 
 def test_a_cluster_that_is_lost_is_left_and_waited_for():
     cluster, said = LostCluster(tries=3), []
-    of(cluster, [1]).rejoin(said.append)
+    machines = of(cluster, [1])
+    machines.places = {"gone": 1}
+    machines.rejoin(said.append)
+    assert machines.nodes_for(machines.need) == [], "Ray chooses after a loss"
     assert cluster.closed == 3, "left, and not joined by halves"
     assert [event.text for event in said] == [
         "waiting up to 60 s for the cluster: no Ray cluster could be joined at head:6379: nothing answers there"

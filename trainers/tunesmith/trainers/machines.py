@@ -97,6 +97,7 @@ class Machines:
             WorkerError: there is no cluster after `wait_s` seconds.
             StoppedError, InterruptedRunError: a signal came.
         """
+        self.places = {}  # one of these nodes may be gone, and Ray may not know it yet
         if self.session.local:
             return
         self.session.close()

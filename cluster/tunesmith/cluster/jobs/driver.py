@@ -24,7 +24,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from tunesmith.cluster.console import exit_code_of
-from tunesmith.cluster.errors import StorageError, TunesmithError, UsageError
+from tunesmith.cluster.errors import LostHeadError, StorageError, TunesmithError, UsageError
 from tunesmith.cluster.jobs import secrets
 from tunesmith.cluster.jobs.command import Command
 from tunesmith.cluster.jobs.desk import Answer, find_desk
@@ -267,10 +267,10 @@ class Driver:
         return answer or Answer("wait" if holds is None else "go on", "the queue does not answer")
 
     def _tell(self, method: Any, *arguments: Any) -> Any:
-        """Asks the desk; None when it does not answer, because it is being restarted: workers go on meanwhile."""
+        """Asks the desk; None when it does not answer, because it or the head is being restarted: workers go on meanwhile."""
         try:
             return ray.get(method.remote(*arguments), timeout=10)
-        except (RayActorError, GetTimeoutError) as away:
+        except (RayActorError, GetTimeoutError, LostHeadError) as away:
             self.book.say(f"warning: the queue does not answer: {str(away).partition(chr(10))[0]}")
             return None
 
