@@ -276,7 +276,7 @@ def test_a_machine_that_is_drained_is_left_at_once_and_no_step_is_lost(
 
 
 @pytest.mark.matrix
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_kill_while_the_first_worker_converts_costs_nothing_but_the_work(
     tmp_path: Path, tiny_base: Path, fixed: Path
 ):
