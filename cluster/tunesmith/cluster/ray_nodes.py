@@ -55,14 +55,14 @@ def ray_nodes() -> list[RayNode]:
     head = _client()
     usage = {one.node_id: one for one in _ask(head.get_all_resource_usage).resource_usage_data.batch}
     found = []
-    for id, about in sorted(_ask(head.get_all_node_info).items()):
+    for about in _ask(head.get_all_node_info).values():
         if about.state != about.ALIVE:
             continue
         reported = usage.get(about.node_id)  # none while the node is new
         deadline_ms = reported.draining_deadline_timestamp_ms if reported is not None else 0
         found.append(
             RayNode(
-                id.hex(),
+                about.node_id.hex(),
                 about.node_manager_address,
                 dict(about.resources_total),
                 dict(reported.resources_available) if reported is not None else {},
@@ -70,7 +70,7 @@ def ray_nodes() -> list[RayNode]:
                 deadline_ms / 1000 if deadline_ms > 0 else None,
             )
         )
-    return found
+    return sorted(found, key=lambda node: node.id)
 
 
 def joined_cluster_id() -> str:
