@@ -52,7 +52,7 @@ def test_langchain(service: Service) -> None:
 
 
 def test_chat_in_the_terminal(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
-    said = ["What is it?", "/model nobody", "/foo", "/model medium", "And this?", "/quit", "never said"]
+    said = ["/model nobody", "/foo", "/model medium", "What is it?", "/quit", "never said"]
     talk(service.url, service.key, "small", [f"{line}\n" for line in said])
     shown = capsys.readouterr()
     assert shown.out.strip()
