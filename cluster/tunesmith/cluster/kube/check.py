@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from tunesmith.cluster.errors import UsageError
-from tunesmith.cluster.kube import rules_cluster, rules_job, rules_kueue, rules_safety, schemas
+from tunesmith.cluster.kube import rules_cluster, rules_job, rules_kueue, rules_pods, rules_safety, schemas
 from tunesmith.cluster.kube.findings import Document, Finding
 
 KUSTOMIZATION = "kustomization.yaml"
@@ -20,6 +20,7 @@ KUSTOMIZE = (("kubectl", "kustomize"), ("kustomize", "build"))
 RULES: Mapping[str, str] = {
     **schemas.RULES,
     "core.twice": "no two documents have the same kind, namespace and name",
+    **rules_pods.RULES,
     **rules_cluster.RULES,
     **rules_job.RULES,
     **rules_kueue.RULES,
@@ -55,7 +56,7 @@ def check_documents(
         mistakes = schemas.check(document, extra)
         if not any(mistake.rule in SHAPES for mistake in mistakes):
             mistakes += rules_cluster.check(document, gates)
-            for rules in (rules_job, rules_kueue, rules_safety):
+            for rules in (rules_pods, rules_job, rules_kueue, rules_safety):
                 mistakes += rules.check(document)
         key = tuple(str(part) for part in (document.get("kind"), metadata.get("namespace"), metadata.get("name")))
         seen[key] += 1
