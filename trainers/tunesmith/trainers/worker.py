@@ -18,7 +18,7 @@ from tunesmith.trainers.heartbeat import Heartbeat
 from tunesmith.trainers.outcome import AttemptOutcome, write_outcome
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
     from tunesmith.trainers.loop import Outcome
 
@@ -109,7 +109,7 @@ def _store(rank: int, world: int, timeout: timedelta) -> Store:
 
     Rank 0 listens at that address alone. Left to itself, the store listens on every interface and serves whoever asks.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if rank > 0:
