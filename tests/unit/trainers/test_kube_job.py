@@ -214,4 +214,4 @@ def test_the_command_writes_a_folder_that_the_other_command_accepts(
     assert yaml.safe_load((folder / "rayjob.yaml").read_text()) == said["documents"][1]
     files = [str(folder / name) for name in ("configmap.yaml", "rayjob.yaml")]
     app(["k8s", "validate", *files, "--json"], standalone_mode=False)
-    assert json.loads(capsys.readouterr().out) == {"valid": True, "documents": 2, "findings": []}
+    assert json.loads(capsys.readouterr().out) == {"valid": True, "documents": 2, "left_out": [], "findings": []}
