@@ -93,55 +93,106 @@ def arithmetic(plans: dict[str, Any]) -> str:
 
 def column(plan: Any) -> dict[str, str]:
     """Each line of the table for one fleet."""
+    return memory(plan) | step(plan) | network(plan) | storage(plan) | run(plan)
+
+
+def memory(plan: Any) -> dict[str, str]:
+    """What a GPU holds."""
     from tunesmith.trainers import zero
-    from tunesmith.trainers.memory.roofline import UTILISATION, flops_per_token, sent_bytes
     from tunesmith.trainers.memory.shard import MOMENTS
 
-    prediction, work, fleet, engine = plan.prediction, plan.prediction.work, plan.fleet, plan.prediction.engine
-    gib, gpus = 2**30, fleet.gpus
-    each = prediction.parameters / gpus
-    moments = MOMENTS[engine.optimizer]
-    gradient = zero.gradient_item(engine.stage, engine.item, engine.accumulation)
-    sent = sent_bytes(work, gpus)
-    pieces, tokens = prediction.time.pieces, work.tokens * gpus
-    flops = flops_per_token(work)
-    a_node = plan.disk.checkpoint / fleet.nodes
-    run = plan.run
+    prediction, engine, gib = plan.prediction, plan.prediction.engine, 2**30
+    each, moments = prediction.parameters / plan.fleet.gpus, MOMENTS[engine.optimizer]
+    assert zero.gradient_item(engine.stage, engine.item, engine.accumulation) == 4, "the table says sums in 32 bits"
     return {
         "**Memory of a GPU**, GiB": "",
         f"weights: P ÷ N × {engine.item} bytes, P = {prediction.parameters:,}": f"{each * engine.item / gib:.2f}",
-        "gradients: P ÷ N × 4 bytes (sums of several micro-batches)"
-        if gradient == 4
-        else "gradients: P ÷ N × 2 bytes": f"{each * gradient / gib:.2f}",
+        "gradients: P ÷ N × 4 bytes (sums of several micro-batches)": f"{each * 4 / gib:.2f}",
         "optimizer: P ÷ N × (4 bytes of master weight + moments)": f"{each * (4 + moments) / gib:.2f} ({moments:.3g} bytes)",
-        "activations: a hidden state a layer, and one layer whole": f"{prediction.parts['activations'] / gib:.2f}",
-        "gathered weights: a layer, those fetched ahead, those kept": f"{prediction.parts['gathered window'] / gib:.2f}",
-        "buckets and logits": f"{(prediction.parts['buckets'] + prediction.parts['logits']) / gib:.2f}",
+        "activations, simulated: a hidden state a layer, and one layer whole": f"{prediction.parts['activations'] / gib:.2f}",
+        "gathered weights, simulated: a layer, those fetched ahead, those kept": f"{prediction.parts['gathered window'] / gib:.2f}",
+        "buckets and logits, simulated": f"{(prediction.parts['buckets'] + prediction.parts['logits']) / gib:.2f}",
         "CUDA, NCCL, fragmentation (estimates)": f"{prediction.overhead.total() / gib:.2f}",
         "in all, of the capacity": f"**{prediction.total / gib:.1f}** of {prediction.capacity / gib:.1f}",
+    }
+
+
+def step(plan: Any) -> dict[str, str]:
+    """What takes time, each with the usual share of its peak and, in brackets, the best and the worst."""
+    from tunesmith.trainers.memory.roofline import LINKS, MEMORY, UTILISATION, flops_per_token
+
+    prediction, gpu = plan.prediction, plan.fleet.gpu
+    work, pieces, time = prediction.work, prediction.time.pieces, prediction.time
+    tokens = work.tokens * plan.fleet.gpus
+
+    def timed(piece: str, reached: Any, digits: int = 1) -> str:
+        best, worst = (pieces[piece] * reached.usual / share for share in (reached.best, reached.worst))
+        return f"{pieces[piece]:.{digits}f} s ({best:.{digits}f} to {worst:.{digits}f})"
+
+    def shares(reached: Any) -> str:
+        return f"{reached.usual:.0%} ({reached.best:.0%} to {reached.worst:.0%})"
+
+    return {
         "**A step**": "",
         "tokens: rows × length × accumulation × N": f"{work.tokens / work.context / work.passes:.0f} × {work.context:,} × "
-        f"{work.passes} × {gpus} = {tokens:,.0f}",
-        "operations a token, recomputation included": f"{flops / 1e12:.3f} × 10^12",
-        f"compute: at {UTILISATION.usual:.0%} of the peak": f"{pieces['compute']:.1f} s",
-        "memory traffic": f"{pieces['memory']:.1f} s",
-        "messages": f"{pieces['communication']:.1f} s",
-        "optimizer": f"{pieces['optimizer']:.2f} s",
-        "the step: the slowest, and the optimizer": f"**{prediction.time.seconds:.1f} s** ({prediction.time.low:.1f} to "
-        f"{prediction.time.high:.1f})",
-        "tokens a second": f"{tokens / prediction.time.seconds:,.0f}",
+        f"{work.passes} × {plan.fleet.gpus} = {tokens:,.0f}",
+        "operations a token, recomputation included": f"{flops_per_token(work) / 1e12:.4f} × 10^12",
+        "a GPU's peak, and the rate of its memory": f"{gpu.tflops:g} × 10^12/s, {gpu.memory_gb_s:,g} GB/s",
+        f"compute: operations of its tokens, at {shares(UTILISATION)} of the peak": timed("compute", UTILISATION),
+        f"memory: accumulation × (10 P + 8 P ÷ N) bytes, at {shares(MEMORY)} of the rate": timed("memory", MEMORY),
+        f"messages: what it sends, at {shares(LINKS)} of the link": timed("communication", LINKS),
+        f"optimizer: 30 P ÷ N bytes, at {shares(MEMORY)} of the rate": timed("optimizer", MEMORY, 2),
+        "the step: the slowest, then the optimizer (at worst all four in turn)": f"**{time.seconds:.1f} s** ({time.low:.1f} to "
+        f"{time.high:.1f})",
+        "tokens a second": f"{tokens / time.seconds:,.0f}",
+    }
+
+
+def network(plan: Any) -> dict[str, str]:
+    """What one GPU sends in a step."""
+    from tunesmith.trainers.memory.roofline import sent_bytes
+
+    time, sent = plan.prediction.time, sent_bytes(plan.prediction.work, plan.fleet.gpus)
+    return {
         "**Network of a step**": "",
-        "a GPU sends: passes × 3 P × 2 bytes × (N − 1) ÷ N": f"{sent / 1e9:,.0f} GB",
-        "the ring leaves each node once, through": f"{fleet.network_gb_s:g} GB/s",
-        "busy, of the step": f"{pieces['communication'] / prediction.time.seconds:.0%}",
+        "a GPU sends: accumulation × 3 P × 2 bytes × (N − 1) ÷ N": f"{sent / 1e9:,.0f} GB",
+        "the link: the ring leaves each node once, through": f"{plan.fleet.collective_bytes_s / 1e9:g} GB/s",
+        "busy, of the step": f"{time.pieces['communication'] / time.seconds:.0%}",
+    }
+
+
+def storage(plan: Any) -> dict[str, str]:
+    """What is written, and what of it lies on the claim at the same time."""
+    disk, gib = plan.disk, 2**30
+    a_node = disk.checkpoint / plan.fleet.nodes
+    rehearsal = 2 * disk.checkpoint + disk.artifact
+    return {
         "**A checkpoint**": "",
-        "size": f"{plan.disk.checkpoint / gib:,.0f} GiB",
+        "P × (2 bytes of weight + 4 of master weight + moments)": f"{disk.checkpoint / gib:,.0f} GiB",
         f"a node writes, at {STORAGE_GB_S:g} GB/s": f"{a_node / 1e9:,.0f} GB, {a_node / STORAGE_GB_S / 1e9:.0f} s",
-        "on the claim at most": f"{plan.disk.peak / gib / 1024:.1f} TiB",
+        "**On the claim**, GiB": "",
+        "the model as it is downloaded: P × 2 bytes": f"{disk.artifact / gib:,.0f}",
+        "the rehearsal: 2 checkpoints and an artifact as large as the model": f"{rehearsal / gib:,.0f}",
+        "the run: 3 checkpoints (newest, best, being written) and its artifact": f"{disk.peak / gib:,.0f}",
+        "in all": f"**{(disk.artifact + rehearsal + disk.peak) / gib:,.0f}**",
+    }
+
+
+def run(plan: Any) -> dict[str, str]:
+    """All steps and checkpoints, and what the fleet costs meanwhile."""
+    fleet, train = plan.fleet, plan.recipe.train
+    saves = plan.steps // train.save_steps
+    saving = saves * plan.disk.checkpoint / fleet.nodes / STORAGE_GB_S / 1e9
+    hours = [(seconds + saving) / 3600 for seconds in (plan.run.seconds, plan.run.low, plan.run.high)]
+    usd = [each * fleet.usd_per_hour for each in hours]
+    return {
         "**The run**": "",
-        f"{plan.steps:,} steps": f"{run.seconds / 3600:.1f} h ({run.low / 3600:.1f} to {run.high / 3600:.1f})",
-        "GPU hours": f"{run.seconds / 3600 * gpus:,.0f}",
-        "at list price": f"{run.usd:,.0f} USD ({run.usd_low:,.0f} to {run.usd_high:,.0f})",
+        f"{plan.steps:,} steps": f"{plan.run.seconds / 3600:.1f} h ({plan.run.low / 3600:.1f} to {plan.run.high / 3600:.1f})",
+        f"{saves} checkpoints, nothing of them hidden": f"{saving / 3600:.1f} h",
+        "both": f"**{hours[0]:.1f} h** ({hours[1]:.1f} to {hours[2]:.1f})",
+        "GPU hours": f"{hours[0] * fleet.gpus:,.0f}",
+        "list price of a GPU hour": f"{fleet.gpu.usd_per_hour:g} USD",
+        "at list price": f"{usd[0]:,.0f} USD ({usd[1]:,.0f} to {usd[2]:,.0f})",
     }
 
 

@@ -78,6 +78,20 @@ def test_the_gang_is_whole_and_the_run_is_told_its_size() -> None:
     assert spec["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
+def test_only_pods_with_gpus_tolerate_the_taint_of_gpu_nodes() -> None:
+    spec = rendered("LoRA on one GPU")[1]["spec"]
+    pods = {
+        "submitter": spec["submitterPodTemplate"],
+        "head": spec["rayClusterSpec"]["headGroupSpec"]["template"],
+        "worker": spec["rayClusterSpec"]["workerGroupSpecs"][0]["template"],
+    }
+    assert {name: pod["spec"].get("tolerations") for name, pod in pods.items()} == {
+        "submitter": None,
+        "head": None,
+        "worker": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    }
+
+
 def test_a_sweep_has_the_whole_fleet_and_a_trial_its_own_workers() -> None:
     documents = rendered("a sweep in a queue")
     command = json.loads(documents[0]["data"]["job.json"])["command"]
@@ -208,10 +222,14 @@ def test_the_command_writes_a_folder_that_the_other_command_accepts(
 
     folder = tmp_path / "out"
     app(["k8s", "render", str(SUPPORT / "lora.yaml"), "--out", str(folder), "--json"], standalone_mode=False)
-    said = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    said = json.loads(told.out)
+    errors = " ".join(told.err.split())
+    begins, copied = errors.index("sizing the pods of"), errors.index("copy to the claim tunesmith-shared first")
+    assert begins < copied < errors.index("/shared/examples/support/tickets.jsonl")
     assert sorted(path.name for path in folder.iterdir()) == ["configmap.yaml", "kustomization.yaml", "rayjob.yaml"]
     assert said["files"] == [str(folder / name) for name in ("configmap.yaml", "rayjob.yaml", "kustomization.yaml")]
     assert yaml.safe_load((folder / "rayjob.yaml").read_text()) == said["documents"][1]
     files = [str(folder / name) for name in ("configmap.yaml", "rayjob.yaml")]
     app(["k8s", "validate", *files, "--json"], standalone_mode=False)
-    assert json.loads(capsys.readouterr().out) == {"valid": True, "documents": 2, "findings": []}
+    assert json.loads(capsys.readouterr().out) == {"valid": True, "documents": 2, "left_out": [], "findings": []}

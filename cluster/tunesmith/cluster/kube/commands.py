@@ -123,6 +123,8 @@ def add_render(make: Callable[[Wanted], list[dict[str, Any]]]) -> None:
         as_json: AsJson = False,
     ) -> None:
         """Write the RayJob of a recipe, sized by the planner, or the RayService of a serving configuration."""
+        from tunesmith.cluster.console import say, stderr
+
         bases = _bases(what)
         on_gpu = fleet is not None if bases is None else any(base.get("gpus") for base in bases.values())
         devices = _pairs("--network-resource", network or [], int)
@@ -142,7 +144,11 @@ def add_render(make: Callable[[Wanted], list[dict[str, Any]]]) -> None:
             name,
             sizes,
         )
-        _finish(make(wanted), out, as_json)
+        say(stderr(), f"sizing the pods of {what}: the planner simulates a step, which may take a minute")
+        documents = make(wanted)
+        if needed := [] if wanted.serves else _on_claim(wanted):
+            say(stderr(), f"copy to the claim {claim} first, unless the hub has it: {', '.join(needed)}")
+        _finish(documents, out, as_json)
 
 
 def _bases(path: Path) -> dict[str, Any] | None:
@@ -153,6 +159,16 @@ def _bases(path: Path) -> dict[str, Any] | None:
     tree, _ = read_yaml(path, UsageError, "recipe or serving configuration", "model or bases")
     bases = tree.get("bases")
     return {key: base for key, base in bases.items() if isinstance(base, dict)} if isinstance(bases, dict) else None
+
+
+def _on_claim(wanted: Wanted) -> list[str]:
+    """The data of a recipe that pods look for on the claim."""
+    from tunesmith.cluster.kube.pods import MOUNT, on_claim
+    from tunesmith.cluster.recipe.load import load_recipe
+
+    data = load_recipe(wanted.path, wanted.overrides).data
+    paths = [on_claim("data", source.path) for source in (*data.train, *(data.validation or []))]
+    return [path for path in dict.fromkeys(paths) if path.startswith(f"{MOUNT}/")]
 
 
 def _placement(

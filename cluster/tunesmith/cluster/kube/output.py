@@ -10,6 +10,7 @@ import yaml
 
 from tunesmith.cluster.errors import OutputError
 from tunesmith.cluster.kube.check import KUSTOMIZATION
+from tunesmith.cluster.kube.objects import pods
 from tunesmith.cluster.storage import write_atomic
 
 
@@ -37,14 +38,19 @@ def as_yaml(documents: Sequence[dict[str, Any]]) -> str:
 
 
 def write(documents: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """A file for each document, and a kustomization of them; returns their paths.
+    """A file for each document, and a kustomization of them, whose `images` says where nodes find them; returns their paths.
 
     Raises:
         OutputError: the folder cannot be made or written.
     """
     names = [f"{document['kind'].lower()}.yaml" for document in documents]
     assert len(set(names)) == len(names), f"two documents of one kind: {names}"
-    listing = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": names}
+    listing = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": names,
+        "images": _images(documents),
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -54,3 +60,14 @@ def write(documents: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         write_atomic(folder / name, as_yaml([document]))
         written.append(folder / name)
     return written
+
+
+def _images(documents: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """As kustomize replaces them: by name, with the tag or digest that they have now."""
+    found: dict[str, dict[str, str]] = {}
+    for image in (box["image"] for document in documents for pod in pods(document) for _, box in pod.containers):
+        tagged, _, digest = image.partition("@")
+        tag = tagged.rpartition("/")[2].partition(":")[2]
+        name = tagged.removesuffix(f":{tag}")
+        found[name] = {"name": name, "newName": name, **({"digest": digest} if digest else {"newTag": tag})}
+    return list(found.values())

@@ -166,6 +166,8 @@ def template(
         spec["terminationGracePeriodSeconds"] = grace_s
     if volumes:
         spec["volumes"] = volumes
+    if placement.gpu_resource in container["resources"]["limits"]:
+        spec["tolerations"] = [{"key": placement.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}]
     found: dict[str, Any] = {"labels": labels(component, run)}
     if placement.topology and component == "worker":
         found["annotations"] = {"kueue.x-k8s.io/podset-preferred-topology": placement.topology}

@@ -94,6 +94,26 @@ def test_overlays_with_gpus_have_queues_scaling_groups_and_monitors() -> None:
         assert "tunesmith-serving.json" in of_kind(documents, "ConfigMap")[0]["data"]
 
 
+def test_the_queue_of_one_node_grants_no_gpu_that_others_have() -> None:
+    """What runs outside the queue is counted by its topology; what always runs there is not in its quota."""
+    documents = built(FOLDER / "overlays" / "gpu-single-node")
+    (queue,), (flavor,) = of_kind(documents, "ClusterQueue"), of_kind(documents, "ResourceFlavor")
+    assert flavor["spec"]["topologyName"] in [it["metadata"]["name"] for it in of_kind(documents, "Topology")]
+    groups = [
+        group
+        for document in (*of_kind(documents, "RayCluster"), *of_kind(documents, "RayService"))
+        for group in (document["spec"].get("rayClusterConfig") or document["spec"])["workerGroupSpecs"]
+    ]
+    always = sum(
+        group["minReplicas"] * box["resources"]["limits"].get("nvidia.com/gpu", 0)
+        for group in groups
+        for box in group["template"]["spec"]["containers"]
+    )
+    (resources,) = (given["resources"] for given in queue["spec"]["resourceGroups"][0]["flavors"])
+    (quota,) = (one["nominalQuota"] for one in resources if one["name"] == "nvidia.com/gpu")
+    assert (always, quota + always) == (1, 8)
+
+
 @pytest.mark.parametrize(("device", "fleet", "secret"), [("cpu", None, None), ("gpu", "1xL40S", "tunesmith")])
 def test_the_services_are_what_render_makes_today(device: str, fleet: str | None, secret: str | None) -> None:
     folder = FOLDER / "serving" / device

@@ -163,3 +163,5 @@ def test_disk_holds_what_is_trained_with_its_optimizer_and_the_one_being_written
     adapter = disk(parameters=1e9, trainable=1e6, whole_model=False, save_total_limit=1)
     assert (adapter.checkpoint, adapter.artifact, adapter.peak) == (14e6, 2e6, 3 * 14e6 + 2e6)
     assert disk(parameters=1e9, trainable=1e9, whole_model=True, save_total_limit=1, mixed=False).checkpoint == 12e9
+    small = disk(parameters=1e9, trainable=1e9, whole_model=True, save_total_limit=1, moments=2)
+    assert (small.checkpoint, small.peak) == (8e9, 3 * 8e9 + 2e9)

@@ -15,6 +15,7 @@ from tunesmith.trainers.memory.choose import Alternative, Choice, alternatives, 
 from tunesmith.trainers.memory.geometry import Geometry
 from tunesmith.trainers.memory.predict import Planner, Prediction
 from tunesmith.trainers.memory.roofline import Disk, RunTime, disk, run_time
+from tunesmith.trainers.memory.shard import MOMENTS
 from tunesmith.trainers.models import quiet_libraries
 
 BYTES_A_TOKEN = 4
@@ -133,6 +134,7 @@ def make_plan(
             whole_model=prediction.whole_model,
             save_total_limit=choice.recipe.train.save_total_limit,
             mixed=prediction.checkpoint_mixed,
+            moments=MOMENTS[choice.recipe.train.optimizer],
         ),
     )
 

@@ -199,7 +199,15 @@ def run_time(step: StepTime, steps: int, fleet: Fleet) -> RunTime:
     return RunTime(seconds, low, high, *usd)
 
 
-def disk(*, parameters: float, trainable: float, whole_model: bool, save_total_limit: int, mixed: bool = True) -> Disk:
+def disk(
+    *,
+    parameters: float,
+    trainable: float,
+    whole_model: bool,
+    save_total_limit: int,
+    mixed: bool = True,
+    moments: float = 8.0,
+) -> Disk:
     """What a run leaves on disk, in bytes.
 
     Args:
@@ -207,8 +215,9 @@ def disk(*, parameters: float, trainable: float, whole_model: bool, save_total_l
         whole_model: whether the artifact is the whole model rather than an adapter.
         save_total_limit: newest checkpoints kept; the best one is kept besides.
         mixed: 16-bit training, with fp32 master weights; else all is fp32.
+        moments: bytes of the optimizer's two for each trained parameter.
     """
-    weight, state = (2, 12) if mixed else (4, 8)  # state: master weight if there is one, and two moments
+    weight, state = (2, 4 + moments) if mixed else (4, moments)  # state: master weight if there is one, and moments
     checkpoint = trainable * (weight + state)
     artifact = (parameters if whole_model else trainable) * weight
     return Disk(checkpoint, artifact, checkpoint * (save_total_limit + 2) + artifact)
