@@ -7,41 +7,41 @@ and the job waits for its next turn. Loads neither torch nor the data, so that a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ray
 import yaml
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from tunesmith.cluster.console import exit_code_of
-from tunesmith.cluster.errors import LostHeadError, StorageError, TunesmithError, UsageError
+from tunesmith.cluster.errors import LostHeadError, TunesmithError, UsageError
 from tunesmith.cluster.jobs import secrets
+from tunesmith.cluster.jobs.book import NOTE_S, OWED_S, Book
 from tunesmith.cluster.jobs.command import Command
 from tunesmith.cluster.jobs.desk import Answer, find_desk
 from tunesmith.cluster.jobs.spec import METADATA_KEY, JobSpec
 from tunesmith.cluster.jobs.versions import differences, here
+from tunesmith.cluster.patience import patiently
 from tunesmith.cluster.progress import StepState
 from tunesmith.cluster.queue.state import Job
 from tunesmith.cluster.recipe.load import load_recipe
 from tunesmith.cluster.resources import Need, Node, needs, require_resources
 from tunesmith.cluster.runs import RunFolder
-from tunesmith.cluster.runstore import JobRecord, RunStore, how_far, keep, log_file, record_file
+from tunesmith.cluster.runstore import how_far, record_file
 from tunesmith.cluster.session import RaySession
+from tunesmith.cluster.storage import write_atomic
 from tunesmith.cluster.tail import MetricsTail
 
 ASK_S = 1.0
-NOTE_S = 10.0
-"""How often a job says that it lives, and why it waits."""
 SAVED, FAILED, STOPPED_AT_ONCE = 75, 1, 143
 
 
@@ -49,19 +49,19 @@ def main() -> int:
     """Runs the job that Ray's environment describes to its end; returns its exit code."""
     described = json.loads(os.environ[RAY_JOB_CONFIG_JSON_ENV_VAR])
     spec = JobSpec.model_validate_json(described["metadata"][METADATA_KEY])
+    book = Book(spec.record)
     try:
         _enter_folder(spec)
-        book = Book(spec.record)
-    except Exception as error:  # noqa: BLE001 - there is nowhere else to write it
-        return exit_code_of(error)
-    try:
+        book.begin()
         code = Driver(spec, book).run()
     except Exception as error:  # noqa: BLE001 - the one place where a job's errors end
         foreseen = isinstance(error, TunesmithError)
         code = error.exit_code if foreseen else FAILED
         book.say(f"error: {error}" if foreseen else "".join(traceback.format_exception(error)))
-        why = str(error).partition("\n")[0].rstrip(":")
+        why = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
         book.note(f"failed: {why}", state="failed", why=why, exit_code=code, ended_at=time.time())
+    finally:
+        book.close()
     return code
 
 
@@ -78,46 +78,6 @@ def _enter_folder(spec: JobSpec) -> None:
             f"{spec.record.folder}: the cluster does not see {spec.cwd}, where the job was submitted from",
             "Set output.dir to a folder that the cluster's nodes share.",
         )
-
-
-class Book:
-    """Where the job is written down: its log, its record in the run's folder, and the store of this machine."""
-
-    def __init__(self, record: JobRecord) -> None:
-        self.record = record
-        log = log_file(Path(record.folder), record.id)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._log: IO[str] = log.open("a", buffering=1)  # until the process ends
-        self._lock = threading.Lock()
-        self.hidden: dict[str, str] = {}
-        """Secrets that must not be printed."""
-        self._store: RunStore | None = None
-        try:
-            self._store = RunStore()
-            self._store.add(record, "its driver has started")
-        except StorageError as unwritable:  # the run's folder tells the same
-            self.say(f"warning: the run store is not used: {unwritable.what}")
-
-    def say(self, text: str) -> None:
-        """Prints a line, and keeps it with the run."""
-        line = secrets.hide(text, self.hidden)
-        with self._lock:
-            print(line, flush=True)
-            self._log.write(line + "\n")
-
-    def note(self, text: str = "", **fields: Any) -> None:
-        """Changes the job's record; says what happened, if anything did."""
-        self.record = self.record.model_copy(update={**fields, "heard_at": time.time()})
-        keep(self.record)
-        if self._store is not None:
-            self._store.change(self.record.id, text, **fields, heard_at=self.record.heard_at)
-        if text:
-            self.say(f"job {self.record.id}: {text}")
-
-    def beat(self) -> None:
-        """Notes now and then that the job lives."""
-        if time.time() - self.record.heard_at > NOTE_S:
-            self.note()
 
 
 class Driver:
@@ -179,7 +139,8 @@ class Driver:
         self.book.hidden = secrets.resolve(self.spec.secrets)
 
     def _write_recipe(self) -> None:
-        self.recipe_file.write_text(yaml.safe_dump(self.spec.recipe, sort_keys=False, allow_unicode=True))
+        recipe = yaml.safe_dump(self.spec.recipe, sort_keys=False, allow_unicode=True)
+        patiently(lambda: write_atomic(self.recipe_file, recipe), OWED_S, self.book.say)
 
     def _needs(self, nodes: Sequence[Node]) -> Need | None:
         """All that the job takes at once; None when it is stopped meanwhile.
@@ -234,8 +195,9 @@ class Driver:
         steps, state = MetricsTail(self.folder.metrics), StepState()
         preempted = False
         while command.is_running:
-            for line in steps.lines():
-                state.take(line)
+            with contextlib.suppress(OSError):  # the storage fails for a while: the end is guessed from older steps
+                for line in steps.lines():
+                    state.take(line)
             answer = self._ask(placed, state.eta())
             if answer.act == "save" and not preempted and not self.stopping:
                 preempted = True

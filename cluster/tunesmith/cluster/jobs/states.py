@@ -59,4 +59,10 @@ def _ended(seen: Seen) -> tuple[str, str]:
         return "succeeded", ""
     if seen.status == "STOPPED" or seen.exit_code in (75, 143):
         return "stopped", "submitted again, it goes on from its newest checkpoint"
-    return "failed", seen.message.strip().partition("\n")[0]
+    return "failed", error_in(seen.message) or seen.message.strip().partition("\n")[0]
+
+
+def error_in(text: str) -> str:
+    """What the last line of a log says that begins with `error:`, as a command that fails ends; empty when none does."""
+    said = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
+    return said[-1] if said else ""

@@ -22,6 +22,7 @@ def record(state: str = "running", heard_ago: float = 1.0, **fields) -> JobRecor
         (record("submitted"), Seen("PENDING"), True, "submitted", "Ray is starting its driver"),
         (record(), Seen("SUCCEEDED", exit_code=0, ended=True), True, "succeeded", ""),
         (record(), Seen("FAILED", "it broke\nhere", 1, True), True, "failed", "it broke"),
+        (record(), Seen("FAILED", "ended, logs:\nerror: disk full\nFree some", 1, True), True, "failed", "disk full"),
         (record(), Seen("FAILED", "exit code 75", 75, True), True, "stopped", "goes on from its newest checkpoint"),
         (record(), Seen("STOPPED", ended=True), True, "stopped", "goes on from its newest checkpoint"),
         (
