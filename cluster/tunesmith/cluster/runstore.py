@@ -240,7 +240,8 @@ def how_far(record: JobRecord) -> str:
     if record.kind == "sweep":
         begun, ended = folder.trials()
         return f"of its trials {begun} were begun, and {ended} of these have ended"
-    return f"the newest checkpoint is step {folder.newest_step()}"
+    step = folder.newest_step()
+    return f"the newest checkpoint is step {step}" if step else "no checkpoint is there yet"
 
 
 def _ending(folder: RunFolder) -> dict[str, Any]:

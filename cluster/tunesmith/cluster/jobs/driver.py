@@ -29,6 +29,7 @@ from tunesmith.cluster.jobs.book import NOTE_S, OWED_S, Book
 from tunesmith.cluster.jobs.command import Command
 from tunesmith.cluster.jobs.desk import Answer, find_desk
 from tunesmith.cluster.jobs.spec import METADATA_KEY, JobSpec
+from tunesmith.cluster.jobs.states import FAILED, SAVED, ending
 from tunesmith.cluster.jobs.versions import differences, here
 from tunesmith.cluster.patience import patiently
 from tunesmith.cluster.progress import StepState
@@ -42,7 +43,8 @@ from tunesmith.cluster.storage import write_atomic
 from tunesmith.cluster.tail import MetricsTail
 
 ASK_S = 1.0
-SAVED, FAILED, STOPPED_AT_ONCE = 75, 1, 143
+BIRTH_S = 0.2
+"""A command so young has no handler of signals yet."""
 
 
 def main() -> int:
@@ -89,8 +91,13 @@ class Driver:
         self.recipe_file = record_file(self.folder.root, spec.record.id).with_suffix(".yaml")
         self.options: list[str] = []
         """Of the command, besides its recipe."""
-        self.stopping = False
+        self.stopped_at = math.inf
+        """When it was told to stop, on the monotonic clock."""
         signal.signal(signal.SIGTERM, self._stop)
+
+    @property
+    def stopping(self) -> bool:
+        return not math.isinf(self.stopped_at)
 
     def run(self) -> int:
         """Waits, works and waits again, until the run has ended; returns its exit code."""
@@ -112,10 +119,10 @@ class Driver:
                     placed = self._wait()
                     if placed is None:
                         return self._ended(SAVED)
-                    code, preempted = self._work(placed)
+                    code, preempted, error = self._work(placed)
                     self._tell(self.desk.leave, self.job.id)
                     if not (preempted and code == SAVED and not self.stopping):
-                        return self._ended(code)
+                        return self._ended(code, error)
                     self.book.note(f"has saved, and waits again: {how_far(record)}", state="queued")
             finally:
                 self._tell(self.desk.leave, self.job.id)
@@ -156,14 +163,13 @@ class Driver:
         self.book.note(state="queued", why="its sweep is checked before it waits for its turn")
         command = self._command("--dry-run")
         while command.is_running:
-            self.book.beat()
-            time.sleep(ASK_S)
+            self._pause(command)
         code = command.wait()
         if self.stopping:
             return None
         if code:
             kind = UsageError if code == UsageError.exit_code else TunesmithError
-            raise kind(f"`tunesmith sweep --dry-run` ended with exit code {code}; the lines above say why")
+            raise kind(command.error or f"`tunesmith sweep --dry-run` ended with exit code {code}; its log says why")
         planned = command.answer()
         if planned["concurrent"] is not None:
             self.options = ["--set", f"tune.concurrent={planned['concurrent']}"]
@@ -188,8 +194,8 @@ class Driver:
             time.sleep(ASK_S)
         return None
 
-    def _work(self, placed: Mapping[str, int]) -> tuple[int, bool]:
-        """Runs the command to its end; its exit code, and whether it was told to make room."""
+    def _work(self, placed: Mapping[str, int]) -> tuple[int, bool, str]:
+        """Runs the command to its end; its exit code, whether it was told to make room, and its last error."""
         where = [f"--place={node}={workers}" for node, workers in placed.items()]
         command = self._command(*(where if self.spec.record.kind == "train" else ()))
         steps, state = MetricsTail(self.folder.metrics), StepState()
@@ -205,21 +211,27 @@ class Driver:
                 command.save()
             if self.stopping and self.book.record.state != "saving":
                 self.book.note("is told to save and stop", state="saving", why="stopped by its user")
-            self.book.beat()
-            time.sleep(ASK_S)
+            if self.book.record.state == "running" and command.waits != self.book.record.why:
+                self.book.note(why=command.waits)
+            self._pause(command)
         code = command.wait()
         if code == 0:
             self.book.note(artifact=command.answer()["artifact"])
-        return code, preempted
+        if code == -signal.SIGTERM and (preempted or self.stopping):
+            code = SAVED  # it had no handler yet, and nothing that it could have saved
+        return code, preempted, command.error
 
-    def _ended(self, code: int) -> int:
-        """Writes down how the job ended."""
-        if code == 0:
-            state, why = "succeeded", f"its artifact is {self.book.record.artifact}"
-        elif code in (SAVED, STOPPED_AT_ONCE):
-            state, why = "stopped", how_far(self.book.record)
-        else:
-            state, why = "failed", f"`tunesmith {self.book.record.kind}` ended with exit code {code}; its log says why"
+    def _pause(self, command: Command) -> None:
+        """Until the desk is asked again."""
+        self.book.beat()
+        time.sleep(ASK_S)
+        if self.stopped_at - command.began < BIRTH_S:
+            # Ray signals the processes that it has counted a moment before. Had it counted this one, it would have ended.
+            command.save()
+
+    def _ended(self, code: int, error: str = "") -> int:
+        """Writes down how the job ended; its exit code."""
+        state, why = ending(self.book.record, code, error)
         self.book.note(f"{state}: {why}", state=state, why=why, exit_code=code, ended_at=time.time())
         return code if code >= 0 else FAILED
 
@@ -237,8 +249,8 @@ class Driver:
             return None
 
     def _stop(self, *_: object) -> None:
-        """SIGTERM. `ray job stop` sends it to the command too, which saves: it is not sent on, as the second would end it at once."""
-        self.stopping = True
+        """SIGTERM. `ray job stop` sends it to the command too, which saves: it is not sent on, as a second would end it at once."""
+        self.stopped_at = min(self.stopped_at, time.monotonic())
 
 
 if __name__ == "__main__":
