@@ -14,28 +14,29 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import yaml
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from tunesmith.cluster.errors import LostHeadError, TunesmithError, UsageError
+from tunesmith.cluster.errors import LostHeadError, RunBusyError, TunesmithError, UsageError
 from tunesmith.cluster.jobs import secrets
 from tunesmith.cluster.jobs.book import NOTE_S, OWED_S, Book
 from tunesmith.cluster.jobs.command import Command
 from tunesmith.cluster.jobs.desk import Answer, find_desk
-from tunesmith.cluster.jobs.spec import METADATA_KEY, JobSpec
+from tunesmith.cluster.jobs.spec import METADATA_KEY, STOP_GRACE_S, JobSpec
 from tunesmith.cluster.jobs.states import FAILED, SAVED, ending
 from tunesmith.cluster.jobs.versions import differences, here
 from tunesmith.cluster.patience import patiently
 from tunesmith.cluster.progress import StepState
 from tunesmith.cluster.queue.state import Job
 from tunesmith.cluster.recipe.load import load_recipe
-from tunesmith.cluster.resources import Need, Node, needs, require_resources
+from tunesmith.cluster.resources import Need, needs
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.runstore import how_far, record_file
 from tunesmith.cluster.session import RaySession
@@ -93,6 +94,7 @@ class Driver:
         """Of the command, besides its recipe."""
         self.stopped_at = math.inf
         """When it was told to stop, on the monotonic clock."""
+        self._desk_is_away = False
         signal.signal(signal.SIGTERM, self._stop)
 
     @property
@@ -103,12 +105,13 @@ class Driver:
         """Waits, works and waits again, until the run has ended; returns its exit code."""
         self._check()
         with RaySession() as session:
-            nodes = session.nodes()
+            session.nodes()
+            signal.signal(signal.SIGTERM, self._stop)  # joining Ray has put its own handler there, which prints stacks
             self._write_recipe()
-            need = self._needs(nodes)
+            self._wait_for_run()
+            need = None if self.stopping else self._needs(session)
             if need is None:
                 return self._ended(SAVED)
-            require_resources(need, nodes)
             record = self.spec.record
             self.job = Job(
                 record.id, record.user, need, 0.0, record.priority, "", self.spec.preemptible, self.spec.expected_s
@@ -116,7 +119,7 @@ class Driver:
             self.desk = find_desk()
             try:
                 while True:
-                    placed = self._wait()
+                    placed = self._wait(session)
                     if placed is None:
                         return self._ended(SAVED)
                     code, preempted, error = self._work(placed)
@@ -149,7 +152,27 @@ class Driver:
         recipe = yaml.safe_dump(self.spec.recipe, sort_keys=False, allow_unicode=True)
         patiently(lambda: write_atomic(self.recipe_file, recipe), OWED_S, self.book.say)
 
-    def _needs(self, nodes: Sequence[Node]) -> Need | None:
+    def _wait_for_run(self) -> None:
+        """Waits while another command is at work on the run: that of a driver that was lost may still be saving.
+
+        Raises:
+            RunBusyError: it was at work for as long as a stopped job may take to save.
+        """
+        until, told = time.monotonic() + STOP_GRACE_S, False
+        while not self.stopping:
+            try:
+                with self.folder.lock():
+                    return
+            except RunBusyError as busy:
+                if time.monotonic() > until:
+                    raise
+                if not told:
+                    self.book.note(f"waits: {busy.what}", state="queued", why=busy.what)
+                    told = True
+            self.book.beat()
+            time.sleep(ASK_S)
+
+    def _needs(self, session: RaySession) -> Need | None:
         """All that the job takes at once; None when it is stopped meanwhile.
 
         A sweep says itself how much that is, and is then held to as many trials at once, though the cluster may have grown
@@ -159,7 +182,7 @@ class Driver:
             UsageError, TunesmithError: the sweep cannot begin.
         """
         if self.spec.record.kind == "train":
-            return needs(load_recipe(self.recipe_file).cluster, nodes)
+            return needs(load_recipe(self.recipe_file).cluster, session.nodes())
         self.book.note(state="queued", why="its sweep is checked before it waits for its turn")
         command = self._command("--dry-run")
         while command.is_running:
@@ -179,7 +202,7 @@ class Driver:
         arguments = [self.spec.record.kind, str(self.recipe_file), "--json", *self.options, *options]
         return Command(arguments, self.book.hidden, self.book.say)
 
-    def _wait(self) -> Mapping[str, int] | None:
+    def _wait(self, session: RaySession) -> Mapping[str, int] | None:
         """Waits for the job's turn; workers by node, or None when it is stopped meanwhile."""
         said, noted_at = "", -math.inf
         while not self.stopping:
@@ -191,8 +214,15 @@ class Driver:
                 news = f"waits: {answer.why}" if answer.why != said else ""
                 self.book.note(news, state="queued", why=answer.why)
                 said, noted_at = answer.why, time.monotonic()
+                self._look_again(session)
             time.sleep(ASK_S)
         return None
+
+    def _look_again(self, session: RaySession) -> None:
+        """What a worker of a run takes may follow from the nodes, which come and go while it waits."""
+        if self.spec.record.kind == "train":
+            with contextlib.suppress(LostHeadError):  # `_ask` says so
+                self.job = replace(self.job, need=needs(load_recipe(self.recipe_file).cluster, session.nodes()))
 
     def _work(self, placed: Mapping[str, int]) -> tuple[int, bool, str]:
         """Runs the command to its end; its exit code, whether it was told to make room, and its last error."""
@@ -241,16 +271,27 @@ class Driver:
         return answer or Answer("wait" if holds is None else "go on", "the queue does not answer")
 
     def _tell(self, method: Any, *arguments: Any) -> Any:
-        """Asks the desk; None when it does not answer, because it or the head is being restarted: workers go on meanwhile."""
+        """Asks the desk; None when it does not answer or fails, because it or the head is being restarted: workers go on meanwhile."""
         try:
-            return ray.get(method.remote(*arguments), timeout=10)
-        except (RayActorError, GetTimeoutError, LostHeadError) as away:
-            self.book.say(f"warning: the queue does not answer: {str(away).partition(chr(10))[0]}")
+            answer = ray.get(method.remote(*arguments), timeout=10)
+        except (RayError, LostHeadError) as away:
+            if not self._desk_is_away:
+                self.book.say(f"warning: the queue does not answer, and is asked again ({_cause(away)})")
+            self._desk_is_away = True
             return None
+        self._desk_is_away = False
+        return answer
 
     def _stop(self, *_: object) -> None:
         """SIGTERM. `ray job stop` sends it to the command too, which saves: it is not sent on, as a second would end it at once."""
         self.stopped_at = min(self.stopped_at, time.monotonic())
+
+
+def _cause(away: BaseException) -> str:
+    """What kept the desk from answering, in a few words: what Ray says of it has many lines."""
+    if isinstance(away, RayTaskError):
+        return str(away).strip().rpartition("\n")[2]
+    return "it is being started anew" if isinstance(away, RayActorError) else "the cluster's head is away"
 
 
 if __name__ == "__main__":
