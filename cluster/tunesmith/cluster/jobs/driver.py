@@ -289,9 +289,11 @@ class Driver:
 
 def _cause(away: BaseException) -> str:
     """What kept the desk from answering, in a few words: what Ray says of it has many lines."""
-    if isinstance(away, RayTaskError):
+    if isinstance(away, RayActorError):
+        return "it is being started anew"
+    if isinstance(away, RayTaskError) and not isinstance(away, LostHeadError):
         return str(away).strip().rpartition("\n")[2]
-    return "it is being started anew" if isinstance(away, RayActorError) else "the cluster's head is away"
+    return "the cluster's head is away"
 
 
 if __name__ == "__main__":
