@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import ray
+from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray.experimental.internal_kv import _internal_kv_get
 
 from tunesmith.cluster.jobs import desk as jobs_desk
 from tunesmith.cluster.jobs.desk import Answer, Desk
@@ -81,6 +85,24 @@ def test_until_a_run_knows_when_it_ends_what_its_submitter_expects_counts(driver
     drivers.until("a", "start")
     assert drivers.ask("a").act == "go on"
     assert "room comes in about" in drivers.until("b", "wait", "with the end of a").why
+
+
+def test_who_the_cluster_is_too_small_for_waits_and_an_autoscaler_is_asked_for_machines(drivers: Drivers) -> None:
+    drivers.need = replace(drivers.need, workers=2)
+    why = drivers.until("large", "wait", "when it is empty").why
+    assert "asks for 2 workers" in why
+    assert "the cluster holds 1 of these" in why
+    drivers.need = replace(drivers.need, workers=1)
+    drivers.until("small", "start")
+    assert machines_asked_for() == [drivers.need.ray_resources()] * 3  # for both at once
+    drivers.until("large", "wait", "with the end of small")  # it has become smaller, or the cluster larger
+    drivers.leave("large")
+    drivers.leave("small")
+
+
+def machines_asked_for() -> list[dict[str, float]]:
+    asked = _internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
+    return json.loads(asked or b"[]")
 
 
 def test_a_start_that_was_not_heard_is_said_again(drivers: Drivers) -> None:

@@ -62,7 +62,9 @@ def needs(cluster: Cluster, nodes: Sequence[Node]) -> Need:
         gpus = 1 if any(node.gpus >= 1 for node in nodes) else 0
     cpus = cluster.cpus_per_worker
     if cpus is None:
-        hosts = sorted((node for node in nodes if node.gpus >= gpus), key=lambda node: node.cpus) or list(nodes)
+        hosts = [node for node in nodes if node.gpus >= gpus and node.cpus >= 1] or list(
+            nodes
+        )  # no head that hosts nothing
         workers_on_node = math.ceil(cluster.most_workers / max(1, len(hosts)))
         if gpus:
             workers_on_node = max(1, min(cluster.most_workers, int(max(node.gpus for node in hosts) // gpus)))

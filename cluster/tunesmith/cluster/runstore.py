@@ -22,11 +22,11 @@ from tunesmith.cluster.artifacts import read_manifest
 from tunesmith.cluster.errors import CheckpointError, StorageError
 from tunesmith.cluster.local import state_folder
 from tunesmith.cluster.runs import RunFolder
-from tunesmith.cluster.storage import write_atomic
+from tunesmith.cluster.storage import explained, write_atomic
 
 SCHEMA_VERSION = 1
-BUSY_S = 60
-"""How long a writer waits for the others."""
+BUSY_S = 60.0
+"""How long a writer waits for the others, unless told otherwise."""
 HEARD_S = 120.0
 """A driver says every few seconds that it lives; after this long something is wrong."""
 ENDED = ("succeeded", "failed", "stopped", "lost")
@@ -104,10 +104,11 @@ class JobRecord(BaseModel):
 class RunStore:
     """Jobs and their events. Many processes may use one at a time."""
 
-    def __init__(self, url: str | None = None) -> None:
+    def __init__(self, url: str | None = None, busy_s: float = BUSY_S) -> None:
         """
         Args:
             url: of the database; by default TUNESMITH_STORE, else SQLite in the user's state folder.
+            busy_s: how long to wait for the others who write to an SQLite file.
 
         Raises:
             StorageError: it cannot be opened, or a newer Tunesmith has made it.
@@ -116,7 +117,7 @@ class RunStore:
         with _explained(self.url):
             self._engine = create_engine(self.url)
             if self._engine.dialect.name == "sqlite":
-                event.listen(self._engine, "connect", _prepare_sqlite)
+                event.listen(self._engine, "connect", lambda connection, _: _prepare_sqlite(connection, busy_s))
                 event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
             self._create()
 
@@ -201,9 +202,14 @@ class RunStore:
 
 
 def keep(record: JobRecord) -> None:
-    """Writes a job's record into its run's folder."""
+    """Writes a job's record into its run's folder.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     path = record_file(Path(record.folder), record.id)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with explained(path, 0):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, record.model_dump_json(indent=1))
 
 
@@ -224,9 +230,8 @@ def records_of(output: Path) -> Iterable[JobRecord]:
             record = JobRecord.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as unreadable:
             raise StorageError(f"{path}: not the record of a job: {unreadable}", "Move it away.") from unreadable
-        folder = RunFolder(path.parent.parent)
-        lives = time.time() - record.heard_at < HEARD_S
-        yield record if record.ended or lives else record.model_copy(update=_ending(record, folder))
+        lives = record.ended or time.time() - record.heard_at < HEARD_S
+        yield record if lives else record.model_copy(update=_ending(RunFolder(path.parent.parent)))
 
 
 def how_far(record: JobRecord) -> str:
@@ -235,15 +240,20 @@ def how_far(record: JobRecord) -> str:
     if record.kind == "sweep":
         begun, ended = folder.trials()
         return f"of its trials {begun} were begun, and {ended} of these have ended"
-    return f"the newest checkpoint is step {folder.newest_step()}"
+    step = folder.newest_step()
+    return f"the newest checkpoint is step {step}" if step else "no checkpoint is there yet"
 
 
-def _ending(record: JobRecord, folder: RunFolder) -> dict[str, Any]:
-    """How a job has ended whose driver did not live to write it."""
+def _ending(folder: RunFolder) -> dict[str, Any]:
+    """How a job has ended whose driver did not live to write it, if its run shows that.
+
+    Where it does not, it may have been lost or not be heard of for another reason: `states.state_of` judges that each time it
+    is asked, and nobody writes it down.
+    """
     try:
         read_manifest(folder.artifact)
     except CheckpointError:
-        return {"state": "lost", "why": f"its driver is gone; {how_far(record)}"}
+        return {}
     return {"state": "succeeded", "why": "its artifact is whole", "exit_code": 0, "artifact": str(folder.artifact)}
 
 
@@ -253,11 +263,11 @@ def _default_url() -> str:
     return f"sqlite:///{folder / 'jobs.db'}"
 
 
-def _prepare_sqlite(connection: Any, _: object) -> None:
+def _prepare_sqlite(connection: Any, busy_s: float) -> None:
     """No write-ahead log: it needs memory that all writers share, and home folders often lie on storage of several machines."""
     # transactions begin where we say, not at the first write: BEGIN IMMEDIATE never deadlocks
     connection.isolation_level = None
-    connection.execute(f"PRAGMA busy_timeout = {BUSY_S * 1000}")
+    connection.execute(f"PRAGMA busy_timeout = {round(busy_s * 1000)}")
     connection.execute("PRAGMA foreign_keys = ON")
 
 

@@ -60,3 +60,8 @@ def test_this_machine_has_something():
     machine = this_machine()
     assert machine.cpus >= 1
     assert machine.memory_gib > 0
+
+
+def test_a_head_that_hosts_nothing_does_not_make_workers_small() -> None:
+    assert needs(Cluster(workers=2, gpus_per_worker=0), [Node(0), Node(8), Node(8)]).cpus == 8
+    assert needs(Cluster(workers=2, gpus_per_worker=0), [Node(0)]).cpus == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.cluster.errors import StorageError
+from tunesmith.cluster.jobs.states import state_of
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.runstore import JobRecord, RunStore, keep
 from tunesmith.cluster.storage import commit_folder
@@ -84,30 +85,18 @@ def test_it_is_made_anew_from_what_the_runs_tell(tmp_path: Path, url: str) -> No
         keep(record(tmp_path, f"{name}-1", run=name, folder=str(tmp_path / name), state="running", submitted_at=number))
     with commit_folder(tmp_path / "whole" / "artifact", {"kind": "artifact"}) as temporary:
         (temporary / "weights").write_bytes(b"1")
-    (tmp_path / "cut" / "checkpoints" / "step-00000007").mkdir()
     alive = record(
         tmp_path, "alive-1", folder=str(tmp_path / "alive"), state="running", submitted_at=3, heard_at=time.time()
     )
     keep(alive)
-    search = record(
-        tmp_path, "search-1", folder=str(tmp_path / "search"), kind="sweep", state="running", submitted_at=4
-    )
-    keep(search)
-    for trial, files in (("0000", ["values.json", "ended.json"]), ("0001", ["values.json"])):
-        (tmp_path / "search" / "trials" / trial).mkdir(parents=True)
-        for file in files:
-            (tmp_path / "search" / "trials" / trial / file).write_text("{}")
     store = RunStore(url)
-    assert len(store.rebuild(tmp_path)) == 5
+    assert len(store.rebuild(tmp_path)) == 4
     assert store.rebuild(tmp_path) == []
-    stopped, whole, cut, running, swept = store.jobs()
-    assert (swept.state, swept.why) == (
-        "lost",
-        "its driver is gone; of its trials 2 were begun, and 1 of these have ended",
-    )
+    stopped, whole, cut, running = store.jobs()
     assert (stopped, running) == (ended, alive)
     assert (whole.state, whole.exit_code) == ("succeeded", 0)
-    assert (cut.state, cut.why) == ("lost", "its driver is gone; the newest checkpoint is step 7")
+    assert cut.state == "running"  # silence is not an end: the clock may be another machine's
+    assert state_of(cut, None, time.time(), reachable=False)[0] == "lost"
     assert [text for _, text in store.events("whole-1")] == [f"found in {tmp_path / 'whole'}"]
 
 

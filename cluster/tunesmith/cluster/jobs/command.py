@@ -8,14 +8,20 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import IO, Any
+
+ERROR, WAITING = "error: ", "waiting up to "
+"""How lines begin that say why a command has failed (`console.show_error`), or what an elastic run waits for."""
 
 
 class Command:
     """`tunesmith …`, started. Every line that it prints is said."""
 
     def __init__(self, arguments: list[str], secrets: Mapping[str, str], say: Callable[[str], None]) -> None:
+        self.began = time.monotonic()
+        self._told = False
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tunesmith.cluster.main", *arguments],
@@ -35,8 +41,20 @@ class Command:
         return self._process.poll() is None
 
     def save(self) -> None:
-        """Tells it to save and stop."""
-        self._process.send_signal(signal.SIGTERM)
+        """Tells it to save and stop; once, as a second signal would end it at once."""
+        if not self._told:
+            self._told = True
+            self._process.send_signal(signal.SIGTERM)
+
+    @property
+    def error(self) -> str:
+        """What it ended of, as its last `error:` line says; empty when it has said none."""
+        return self._said.error
+
+    @property
+    def waits(self) -> str:
+        """What it waits for, if that is the last that it has said."""
+        return self._said.last if self._said.last.startswith(WAITING) else ""
 
     def wait(self) -> int:
         """Its exit code, when it has ended and all that it printed was said."""
@@ -51,17 +69,19 @@ class Command:
 
 
 class _Reader(threading.Thread):
-    """Says every line of a stream, until its end."""
+    """Says every line of a stream, until its end. `say` must not raise: a pipe that nobody empties blocks the command."""
 
     def __init__(self, stream: IO[str], say: Callable[[str], None]) -> None:
         super().__init__(daemon=True)
         self._stream, self._say = stream, say
-        self.last = ""
+        self.last = self.error = ""
         self.start()
 
     def run(self) -> None:
         for line in self._stream:
             self.last = line.rstrip("\n")
+            if self.last.startswith(ERROR):
+                self.error = self.last.removeprefix(ERROR)
             self._say(self.last)
 
 

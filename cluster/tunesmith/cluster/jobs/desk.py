@@ -8,7 +8,7 @@ restarted listens for as long before it lets anybody start.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,9 +16,9 @@ import ray
 
 from tunesmith.cluster.queue.decide import decide
 from tunesmith.cluster.queue.shares import Usage, dominant_share
-from tunesmith.cluster.queue.state import Behind, Job, Policy, Running
+from tunesmith.cluster.queue.state import Behind, Decision, Job, NeverFits, Policy, Running
 from tunesmith.cluster.ray_nodes import ray_nodes
-from tunesmith.cluster.resources import Node
+from tunesmith.cluster.resources import Need, Node
 
 NAME, NAMESPACE = "tunesmith-desk", "tunesmith"
 LEASE_S = 20.0
@@ -53,6 +53,7 @@ class Desk:
         self._tickets: dict[str, _Ticket] = {}
         self._reasons: dict[str, str] = {}
         self._decided_at = 0.0
+        self._machines: list[dict[str, float]] = []
         again = ray.get_runtime_context().was_current_actor_reconstructed
         self._opens_at = time.monotonic() + (lease_s if again else 0.0)
 
@@ -68,6 +69,8 @@ class Desk:
         now = time.monotonic()
         ticket = self._tickets.setdefault(job.id, _Ticket(replace(job, submitted_at=now - waited_s), now))
         ticket.heard_at = now
+        if ticket.running is None:
+            ticket.job = replace(job, submitted_at=ticket.job.submitted_at)
         if holds is not None and ticket.running is None:  # the desk is new, or has lost it
             ticket.running = Running(ticket.job, holds, now)
         if ticket.running is not None:
@@ -117,6 +120,17 @@ class Desk:
             assert victim.running is not None, f"{preempt.victim.id} holds nothing that it could give back"
             victim.running = replace(victim.running, saving=True)
             self._reasons[preempt.victim.id] = f"makes room for {preempt.beneficiary.id}"
+        self._ask_for_machines([one.need for one in wanted(decision, waiting)])
+
+    def _ask_for_machines(self, waiting: list[Need]) -> None:
+        """Tells an autoscaler, where the cluster has one, what is to be there at once; nothing while nobody waits."""
+        from ray.autoscaler.sdk import request_resources  # loads much, which drivers do without
+
+        held = [ticket.job.need for ticket in self._tickets.values() if ticket.running is not None]
+        workers = [need.ray_resources() for need in (*held, *waiting) for _ in range(need.workers)] if waiting else []
+        if workers != self._machines:
+            request_resources(bundles=workers)
+            self._machines = workers
 
 
 def _ours(running: list[Running]) -> list[Node]:
@@ -140,6 +154,13 @@ def _ours(running: list[Running]) -> list[Node]:
             )
         )
     return nodes
+
+
+def wanted(decision: Decision, waiting: Sequence[Job]) -> list[Job]:
+    """For which of the jobs that wait machines are asked for: the first in line, and the first that the cluster is too small for."""
+    too_large = [id for id, reason in decision.waits.items() if isinstance(reason, NeverFits)]
+    first = {*list(decision.waits)[:1], *too_large[:1]}
+    return [job for job in waiting if job.id in first]
 
 
 def _totals(nodes: list[Node]) -> tuple[float, float, float]:

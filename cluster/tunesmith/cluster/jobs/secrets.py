@@ -16,6 +16,8 @@ from typing import Any
 from tunesmith.cluster.errors import UsageError
 
 HIDDEN = "********"
+SHORTEST = 4
+"""Characters of what is hidden: what is shorter stands in too many words."""
 
 _SHAPES = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
@@ -99,10 +101,11 @@ def resolve(references: Mapping[str, str], environment: Mapping[str, str] | None
 
 
 def hide(text: str, secrets: Mapping[str, str]) -> str:
-    """The text without any of the secrets."""
+    """The text without any of the secrets, whole or, as what is printed comes by the line, any line of them."""
     for secret in secrets.values():
-        if len(secret) >= 4:
-            text = text.replace(secret, HIDDEN)
+        for part in (secret, *secret.splitlines()):
+            if len(part.strip()) >= SHORTEST:
+                text = text.replace(part.strip(), HIDDEN)
     return text
 
 

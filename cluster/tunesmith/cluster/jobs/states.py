@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 
 from tunesmith.cluster.progress import duration
-from tunesmith.cluster.runstore import HEARD_S, JobRecord
+from tunesmith.cluster.runstore import HEARD_S, JobRecord, how_far
+
+SAVED, FAILED, STOPPED_AT_ONCE = 75, 1, 143
 
 AGAIN = "submit it again with the same command: the run goes on from its newest checkpoint"
 
@@ -59,4 +62,33 @@ def _ended(seen: Seen) -> tuple[str, str]:
         return "succeeded", ""
     if seen.status == "STOPPED" or seen.exit_code in (75, 143):
         return "stopped", "submitted again, it goes on from its newest checkpoint"
-    return "failed", seen.message.strip().partition("\n")[0]
+    return "failed", error_in(seen.message) or seen.message.strip().partition("\n")[0]
+
+
+def ending(record: JobRecord, code: int, error: str) -> tuple[str, str]:
+    """The state of a job whose command has ended, and why.
+
+    Args:
+        code: the command's exit code; less than 0 when a signal of that number ended it.
+        error: its last line that tells of an error.
+    """
+    command = f"`tunesmith {record.kind}`"
+    if code == 0:
+        return "succeeded", f"its artifact is {record.artifact}"
+    if code in (SAVED, STOPPED_AT_ONCE):
+        return "stopped", how_far(record)
+    if code == -signal.SIGKILL:
+        cause = "killed (SIGKILL), from outside or because its node ran out of memory"
+        return "failed", f"{command} was {cause}; {AGAIN}: {how_far(record)}"
+    if code < 0:
+        return (
+            "failed",
+            f"{command} was ended by signal {-code} ({signal.strsignal(-code)}); {AGAIN}: {how_far(record)}",
+        )
+    return "failed", error or f"{command} ended with exit code {code}; its log says why"
+
+
+def error_in(text: str) -> str:
+    """What the last line of a log says that begins with `error:`, as a command that fails ends; empty when none does."""
+    said = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
+    return said[-1] if said else ""

@@ -70,6 +70,13 @@ def test_references_are_resolved_where_the_job_runs_and_hidden_in_what_it_says(t
     assert secrets.hide("a from-env, a from-file", found) == f"a {secrets.HIDDEN}, a {secrets.HIDDEN}"
 
 
+def test_a_secret_of_several_lines_is_hidden_line_by_line() -> None:
+    key = {"KEY": "-----BEGIN KEY-----\n  MIIEvQ+IBAD\nab\n-----END KEY-----"}
+    printed = ["loading -----BEGIN KEY-----", "MIIEvQ+IBAD", "a tab", "-----END KEY-----"]
+    hidden = [f"loading {secrets.HIDDEN}", secrets.HIDDEN, "a tab", secrets.HIDDEN]
+    assert [secrets.hide(line, key) for line in printed] == hidden
+
+
 def test_a_reference_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="A: the cluster's environment has no B"):
         secrets.resolve({"A": "env:B"}, {})

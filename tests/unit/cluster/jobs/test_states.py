@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.cluster.jobs.states import Seen, state_of
+from tunesmith.cluster.jobs.states import Seen, ending, state_of
 from tunesmith.cluster.runstore import HEARD_S, JobRecord
 
 NOW = 10_000.0
@@ -22,6 +22,7 @@ def record(state: str = "running", heard_ago: float = 1.0, **fields) -> JobRecor
         (record("submitted"), Seen("PENDING"), True, "submitted", "Ray is starting its driver"),
         (record(), Seen("SUCCEEDED", exit_code=0, ended=True), True, "succeeded", ""),
         (record(), Seen("FAILED", "it broke\nhere", 1, True), True, "failed", "it broke"),
+        (record(), Seen("FAILED", "ended, logs:\nerror: disk full\nFree some", 1, True), True, "failed", "disk full"),
         (record(), Seen("FAILED", "exit code 75", 75, True), True, "stopped", "goes on from its newest checkpoint"),
         (record(), Seen("STOPPED", ended=True), True, "stopped", "goes on from its newest checkpoint"),
         (
@@ -59,3 +60,26 @@ def test_none_is_at_work_for_ever_when_everything_it_hung_on_is_gone(state: str)
     assert state_of(silent, None, NOW, reachable=False)[0] == "lost"
     assert state_of(silent, None, NOW)[0] == "lost"
     assert state_of(silent, Seen("RUNNING", driver_lost=True), NOW)[0] == "lost"
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "state", "says"),
+    [
+        (0, "", "succeeded", "its artifact is /nowhere/artifact"),
+        (75, "", "stopped", "no checkpoint is there yet"),
+        (143, "", "stopped", "no checkpoint is there yet"),
+        (1, "runs/bot: disk full: 7 bytes needed", "failed", "runs/bot: disk full: 7 bytes needed"),
+        (1, "", "failed", "`tunesmith train` ended with exit code 1; its log says why"),
+        (
+            -9,
+            "old news",
+            "failed",
+            "killed (SIGKILL), from outside or because its node ran out of memory; submit it again",
+        ),
+        (-11, "", "failed", "ended by signal 11 (Segmentation fault); submit it again"),
+    ],
+)
+def test_the_end_of_the_command_is_told_with_its_cause(code: int, error: str, state: str, says: str) -> None:
+    ended, why = ending(record(artifact="/nowhere/artifact"), code, error)
+    assert ended == state
+    assert says in why
