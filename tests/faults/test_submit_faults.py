@@ -47,9 +47,9 @@ class Started:
     def stderr(self) -> str:
         return self._said.read_text()
 
-    def finish(self) -> str:
-        """All that it has printed, once it has ended well."""
-        assert self._process.wait(cluster_here.PATIENCE_S) == 0, self.stderr
+    def finish(self, code: int = 0) -> str:
+        """All that it has printed, once it has ended with this code."""
+        assert self._process.wait(cluster_here.PATIENCE_S) == code, self.stderr
         return self.stdout
 
 
@@ -141,5 +141,6 @@ def test_following_a_log_goes_on_through_a_restart_of_the_head_and_nothing_is_sa
         wait_until(lambda: "has its workers" in followed.stdout, "word of the job")
         kill_head()
     bring_back(here)
-    assert followed.finish() == log_file(run.root, first).read_text()
+    assert followed.finish(code=1) == log_file(run.root, first).read_text()
+    assert f"job {first} is lost: " in followed.stderr
     assert jobs()[first]["state"] == "lost"

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -32,14 +33,15 @@ class Cluster:
     ) -> None:
         """
         Args:
-            address: of the dashboard, as in http://127.0.0.1:8265.
+            address: of the dashboard, as `dashboard_address` takes it.
             patience_s: how long to try while nothing answers.
             tell: is told that it does not.
 
         Raises:
+            UsageError: it cannot be an address of a dashboard.
             ResourceError: nothing answers there, or the token is not taken.
         """
-        self.address = address if "://" in address else f"http://{address}"
+        self.address = dashboard_address(address)
         self._patience_s, self._tell = patience_s, tell
         logging.getLogger("ray").setLevel(logging.ERROR)  # it says when a log has ended
         token = token_for(self.address)
@@ -64,8 +66,9 @@ class Cluster:
             known, number = self._latest(spec.record, store)
             if known is not None and known.state not in FREE_AFTER:
                 if known.recipe != spec.record.recipe:
+                    where = "has succeeded" if known.state == "succeeded" else "waits or is at work"
                     raise ChangedError(
-                        f"job {known.id} of the same key is {known.state} with another recipe",
+                        f"job {known.id} of the same key {where} with another recipe",
                         "Stop it first, give the run another name, or submit with another --key.",
                     )
                 return known
@@ -179,6 +182,21 @@ class Cluster:
         )
 
 
+def dashboard_address(given: str) -> str:
+    """The address of a dashboard in the one form in which it is compared: http://HOST:PORT.
+
+    Raises:
+        UsageError: it is something else, such as Ray's own address.
+    """
+    whole = urlsplit(given if "://" in given else f"http://{given}")
+    if whole.scheme not in ("http", "https") or not whole.hostname or given == "auto":
+        raise UsageError(
+            f"--address {given}: jobs are handed to a cluster's dashboard",
+            "Give its address, as in http://HOST:8265, or start a cluster here with `tunesmith up`.",
+        )
+    return urlunsplit(whole).rstrip("/")
+
+
 def _refused(error: BaseException) -> bool:
     return isinstance(error, AuthenticationError)
 
@@ -202,4 +220,5 @@ def _seen(details: JobDetails, alive: set[str]) -> Seen:
     node_gone = details.status == JobStatus.RUNNING and details.driver_node_id not in alive
     never_ended = details.status == JobStatus.FAILED and details.driver_node_id and details.driver_exit_code is None
     driver_lost = bool(node_gone or never_ended)
-    return Seen(str(details.status), details.message or "", details.driver_exit_code, ended, driver_lost)
+    ended_at = details.end_time / 1000 if ended and details.end_time else None
+    return Seen(str(details.status), details.message or "", details.driver_exit_code, ended, driver_lost, ended_at)
