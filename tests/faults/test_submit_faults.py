@@ -97,7 +97,7 @@ def test_a_killed_head_loses_a_job_that_says_so_and_goes_on_and_submissions_mean
     saved = run.newest_step()
 
     submitting = [Started("submit", str(recipe), "--json", folder=tmp_path / f"submit-{at}") for at in range(6)]
-    wait_until(lambda: all("does not answer; trying" in one.stderr for one in submitting), "submission that waits")
+    wait_until(lambda: all("; trying until" in one.stderr for one in submitting), "submission that waits")
     bring_back(here)
     answers = [json.loads(one.finish()) for one in submitting]
     assert len({one["id"] for one in answers}) == 1

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
+import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -18,9 +21,12 @@ from tunesmith.cluster.local import token_for
 from tunesmith.cluster.runstore import JobRecord, RunStore
 
 ENTRYPOINT = "exec python -m tunesmith.cluster.jobs.driver"
+DASHBOARD = re.compile(r"https?://(?:\[[\da-fA-F:]+\]|[^/:@\s\[\]]+)(?::\d{1,5})?(?:/\S*)?")
 PATIENCE_S = 180.0
 """How long a head may be away, because it is being restarted, before a submission gives up."""
 RETRY_S = 1.0
+REFUSED = re.compile(r"status code 4\d\d")
+"""In what Ray's client says of an answer that asking again does not change."""
 FREE_AFTER = ("failed", "stopped", "lost")
 """Ends after which a key stands for the next job of its run."""
 
@@ -59,6 +65,7 @@ class Cluster:
 
         Raises:
             ChangedError: the key stands for a job with another recipe.
+            UsageError: the cluster refuses what is submitted, as when the package of the code is too large.
             ResourceError: the cluster does not answer.
         """
         deadline = time.monotonic() + self._patience_s
@@ -87,10 +94,13 @@ class Cluster:
                     metadata={METADATA_KEY: whole.model_dump_json()},
                     runtime_env=_with_grace(runtime_env, grace_s),
                 )
-            except (OSError, RuntimeError) as error:
-                if "already exists" not in str(error) and time.monotonic() > deadline:
+            except (OSError, RuntimeError, ValueError) as error:
+                was_faster = "already exists" in str(error)  # another submission of the key
+                if not was_faster and (isinstance(error, ValueError) or REFUSED.search(str(error))):
+                    raise UsageError(f"the cluster at {self.address} does not take the job: {_told(error)}") from error
+                if time.monotonic() > deadline:
                     raise self._unreachable(error) from error
-                time.sleep(RETRY_S)  # another one was faster, or the head is away: what it knows then decides
+                time.sleep(RETRY_S)  # or the head is away: what it knows then decides
                 continue
             return store.add(record, f"submitted to {self.address} by {record.user}")
 
@@ -162,22 +172,22 @@ class Cluster:
                     raise UsageError(
                         f"the cluster at {self.address} knows no such job", "`tunesmith jobs` lists them."
                     ) from error
-                if time.monotonic() > deadline or _refused(error):
+                if time.monotonic() > deadline or _is_final(error):
                     raise self._unreachable(error) from error
                 if not told:
-                    self._tell(f"{self.address} does not answer; trying for {self._patience_s:.0f} s")
+                    until = datetime.now() + timedelta(seconds=self._patience_s)
+                    self._tell(f"{self.address} does not answer ({_told(error)}); trying until {until:%H:%M:%S}")
                     told = True
                 time.sleep(RETRY_S)
 
     def _unreachable(self, error: BaseException) -> ResourceError:
-        what = str(error).strip().partition("\n")[0]
-        if _refused(error):
+        if isinstance(error, AuthenticationError):
             return ResourceError(
-                f"the cluster at {self.address} does not take this token: {what}",
+                f"the cluster at {self.address} does not take this token: {_told(error)}",
                 "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token.",
             )
         return ResourceError(
-            f"no cluster answers at {self.address}: {what}",
+            f"no cluster answers at {self.address}: {_told(error)}",
             "Check the address (of the dashboard, as in http://127.0.0.1:8265), and whether its head is up.",
         )
 
@@ -188,17 +198,31 @@ def dashboard_address(given: str) -> str:
     Raises:
         UsageError: it is something else, such as Ray's own address.
     """
-    whole = urlsplit(given if "://" in given else f"http://{given}")
-    if whole.scheme not in ("http", "https") or not whole.hostname or given == "auto":
+    whole = given if "://" in given else f"http://{given}"
+    if given == "auto" or not DASHBOARD.fullmatch(whole):
         raise UsageError(
             f"--address {given}: jobs are handed to a cluster's dashboard",
             "Give its address, as in http://HOST:8265, or start a cluster here with `tunesmith up`.",
         )
-    return urlunsplit(whole).rstrip("/")
+    return whole.rstrip("/")
 
 
-def _refused(error: BaseException) -> bool:
-    return isinstance(error, AuthenticationError)
+def _is_final(error: BaseException) -> bool:
+    """Whether asking again is of no use: the token is wrong, nothing has that name, or it speaks no TLS."""
+    return isinstance(error, AuthenticationError) or isinstance(_root(error), socket.gaierror | ssl.SSLError)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error began with: Ray and its HTTP library wrap the one that says something."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
+
+
+def _told(error: BaseException) -> str:
+    first = _root(error)
+    text = first.strerror if isinstance(first, OSError) else None
+    return text or str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _with_grace(runtime_env: dict[str, Any], grace_s: int) -> dict[str, Any]:
