@@ -78,7 +78,7 @@ def test_a_dashboards_address_has_one_form() -> None:
 
 
 def test_a_name_that_nothing_has_ends_at_once() -> None:
-    with pytest.raises(ResourceError, match="no cluster answers at http://no-such-host.invalid:8265"):
+    with pytest.raises(ResourceError, match=r"no cluster answers at http://no-such-host\.invalid:8265"):
         Cluster("no-such-host.invalid:8265", patience_s=600, tell=pytest.fail)
 
 
