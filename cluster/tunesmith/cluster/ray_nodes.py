@@ -98,12 +98,14 @@ def require_head(address: str) -> None:
     """
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+    from ray.core.generated import gcs_service_pb2
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
-    with init_grpc_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+    messages: Any = gcs_service_pb2
+    channel: Any = init_grpc_channel(address, [("grpc.enable_http_proxy", 0)])
+    with channel:
         try:
-            NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=HEAD_PATIENCE_S)
+            NodeInfoGcsServiceStub(channel).GetClusterId(messages.GetClusterIdRequest(), timeout=HEAD_PATIENCE_S)
         except grpc.RpcError as error:
             status: Any = error
             if status.code() == grpc.StatusCode.UNAUTHENTICATED:

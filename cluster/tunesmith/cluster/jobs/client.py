@@ -15,9 +15,10 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from tunesmith.cluster.errors import ChangedError, ResourceError, UsageError
-from tunesmith.cluster.jobs.spec import METADATA_KEY, STOP_GRACE_S, JobSpec, job_id, prefix
+from tunesmith.cluster.jobs.spec import METADATA_KEY, JobSpec, job_id, prefix
 from tunesmith.cluster.jobs.states import Seen, state_of
 from tunesmith.cluster.local import token_for
+from tunesmith.cluster.patience import STOP_GRACE_S
 from tunesmith.cluster.runstore import JobRecord, RunStore
 
 ENTRYPOINT = "exec python -m tunesmith.cluster.jobs.driver"

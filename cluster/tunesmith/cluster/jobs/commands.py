@@ -26,9 +26,10 @@ from tunesmith.cluster.errors import RecipeError, ResourceError, StoppedError, T
 from tunesmith.cluster.jobs import secrets
 from tunesmith.cluster.jobs.client import Cluster, dashboard_address
 from tunesmith.cluster.jobs.code import gather
-from tunesmith.cluster.jobs.spec import STOP_GRACE_S, JobSpec
+from tunesmith.cluster.jobs.spec import JobSpec
 from tunesmith.cluster.jobs.states import state_of
 from tunesmith.cluster.jobs.versions import here
+from tunesmith.cluster.patience import STOP_GRACE_S
 from tunesmith.cluster.progress import duration
 from tunesmith.cluster.recipe.load import load_recipe, recipe_hash
 from tunesmith.cluster.runs import RunFolder
