@@ -57,9 +57,10 @@ class RayCluster:
 
     Args:
         durable: whether a head that is started again knows what the one before it knew.
+        settings: further variables of its nodes.
     """
 
-    def __init__(self, durable: bool = True) -> None:
+    def __init__(self, durable: bool = True, **settings: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="cl-", dir="/tmp"))  # Ray's sockets have short paths
         self.gcs_port, self.dashboard_port = _free_ports(2)
         self.address = f"{LOOPBACK}:{self.gcs_port}"
@@ -71,6 +72,7 @@ class RayCluster:
             "RAY_health_check_initial_delay_ms": "0",
             "RAY_health_check_period_ms": "500",
             "RAY_health_check_failure_threshold": "4",
+            **settings,
         }
         if durable:
             self.environment |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self.folder / "gcs")}

@@ -47,9 +47,9 @@ class Started:
     def stderr(self) -> str:
         return self._said.read_text()
 
-    def finish(self) -> str:
-        """All that it has printed, once it has ended well."""
-        assert self._process.wait(cluster_here.PATIENCE_S) == 0, self.stderr
+    def finish(self, code: int = 0) -> str:
+        """All that it has printed, once it has ended with this code."""
+        assert self._process.wait(cluster_here.PATIENCE_S) == code, self.stderr
         return self.stdout
 
 
@@ -97,7 +97,7 @@ def test_a_killed_head_loses_a_job_that_says_so_and_goes_on_and_submissions_mean
     saved = run.newest_step()
 
     submitting = [Started("submit", str(recipe), "--json", folder=tmp_path / f"submit-{at}") for at in range(6)]
-    wait_until(lambda: all("does not answer; trying" in one.stderr for one in submitting), "submission that waits")
+    wait_until(lambda: all("; trying until" in one.stderr for one in submitting), "submission that waits")
     bring_back(here)
     answers = [json.loads(one.finish()) for one in submitting]
     assert len({one["id"] for one in answers}) == 1
@@ -141,5 +141,6 @@ def test_following_a_log_goes_on_through_a_restart_of_the_head_and_nothing_is_sa
         wait_until(lambda: "has its workers" in followed.stdout, "word of the job")
         kill_head()
     bring_back(here)
-    assert followed.finish() == log_file(run.root, first).read_text()
+    assert followed.finish(code=1) == log_file(run.root, first).read_text()
+    assert f"job {first} is lost: " in followed.stderr
     assert jobs()[first]["state"] == "lost"

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from clusters import RayCluster
 
 from tunesmith.cluster.doctor.census import Census
 from tunesmith.cluster.doctor.checks import findings
 from tunesmith.cluster.doctor.gather import gather
 from tunesmith.cluster.session import RaySession
-
-TWO_NODES = Path(__file__).parent.parent / "two_nodes.py"
-TOKEN = "0123456789abcdef" * 4
 
 
 def test_a_node_is_looked_at_by_a_process_of_its_own(ray_session: RaySession, tmp_path: Path):
@@ -53,22 +49,6 @@ def test_a_node_that_goes_while_it_is_asked_is_silent_from_then_on(ray_session: 
         assert list(census.silent) == [name]
 
 
-@contextlib.contextmanager
-def two_nodes(**environment: str) -> Iterator[str]:
-    """Address of a cluster that runs with these variables."""
-    command = [sys.executable, str(TWO_NODES)]
-    cluster = subprocess.Popen(
-        command, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert cluster.stdout is not None
-        lines = (line.strip() for line in cluster.stdout)
-        yield next(line for line in lines if line.startswith("127.0.0.1:"))
-    finally:
-        cluster.communicate(timeout=60)
-    assert cluster.returncode == 0
-
-
 def doctor(address: str, folder: Path, **environment: str) -> tuple[int, dict[str, Any], str]:
     """Exit code, what was printed as JSON, and what was said."""
     command = [sys.executable, "-m", "tunesmith.cluster.main", "doctor", "--json"]
@@ -85,10 +65,12 @@ def told(report: dict[str, Any], check: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.matrix
-def test_two_nodes_are_measured_against_each_other(tmp_path: Path):
-    sound = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    with two_nodes(**sound) as address:
-        code, report, said = doctor(address, tmp_path, **sound)
+def test_two_nodes_are_measured_against_each_other_and_who_has_another_token_learns_it(tmp_path: Path):
+    with RayCluster(durable=False) as cluster:
+        cluster.add_node()
+        sound = {name: cluster.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+        code, report, said = doctor(cluster.address, tmp_path, **sound)
+        refused, about, lines = doctor(cluster.address, tmp_path, **sound | {"RAY_AUTH_TOKEN": "0" * 64})
     seen = report["facts"]
     assert len({node["name"] for node in seen["nodes"]}) == 2
     assert [(one["reads_ours"], one["we_read"], one["sees_lock"]) for one in seen["volumes"]] == [
@@ -105,14 +87,18 @@ def test_two_nodes_are_measured_against_each_other(tmp_path: Path):
     assert code == (1 if failed else 0)
     assert list(tmp_path.iterdir()) == []
 
+    assert refused == 1
+    (why,) = told(about, "address")
+    assert "the cluster asks for a token, and this is not its own" in why["what"]
+    assert "gcs_client.cc" not in lines
+
 
 @pytest.mark.matrix
 def test_a_cluster_that_takes_anybodys_jobs_fails(tmp_path: Path):
-    careless = {"RAY_AUTH_MODE": "disabled"}
-    with two_nodes(**careless) as address:
-        code, report, said = doctor(address, tmp_path, **careless)
+    with RayCluster(durable=False, RAY_AUTH_MODE="disabled") as cluster:
+        code, report, said = doctor(cluster.address, tmp_path, RAY_AUTH_MODE="disabled")
     assert code == 1
     wrong = {one["verdict"]: one["what"] for one in told(report, "token") if one["verdict"] != "ok"}
     assert wrong["warning"].startswith("RAY_AUTH_MODE is disabled")
     assert "shows its jobs to anybody (HTTP 200 without a token)" in wrong["failure"]
-    assert "failures: token" in said
+    assert "token" in said.splitlines()[-2]

@@ -70,7 +70,7 @@ def test_fifty_submissions_with_one_key_are_one_run_that_is_followed_to_its_arti
     assert (again["id"], again["new"], again["state"]) == (id, False, "succeeded")
     other = tunesmith("submit", str(recipe), "--key", "same", "--set", "train.epochs=3")
     assert other.returncode == 2
-    assert f"job {id} of the same key is succeeded with another recipe" in other.stderr
+    assert f"job {id} of the same key has succeeded with another recipe" in other.stderr
 
     shown = json.dumps(jobs()) + ask(here, "/api/jobs/", token(here))[1] + followed.stdout
     shown += "".join(path.read_text(errors="replace") for path in (folder / "runs").rglob("*") if path.is_file())
@@ -109,7 +109,9 @@ def test_nothing_listens_but_on_loopback_and_nobody_is_answered_without_the_toke
 def test_a_wrong_token_is_said_to_be(here: Local, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     listed = tunesmith("jobs")
+    assert listed.returncode == 2
     assert "does not take this token" in listed.stderr
+    assert "no jobs" not in listed.stderr
 
 
 @pytest.mark.matrix

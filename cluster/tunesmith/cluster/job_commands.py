@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tunesmith.cluster.patience import STOP_GRACE_S
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON on standard output.")]
 Address = Annotated[
     str | None,
@@ -43,7 +45,7 @@ def submit(
         bool, typer.Option("--ship-code", help="Run this machine's Tunesmith, not the cluster's.")
     ] = False,
     any_version: Annotated[bool, typer.Option("--any-version", help="Run even where versions differ.")] = False,
-    grace: Annotated[int, typer.Option(min=1, help="Seconds that `stop` gives it to save.")] = 600,
+    grace: Annotated[int, typer.Option(min=1, help="Seconds that `stop` gives it to save.")] = STOP_GRACE_S,
     as_json: AsJson = False,
 ) -> None:
     """Hand a run to a cluster, where it waits for its turn. The same command again is the same job, or goes on with the run."""

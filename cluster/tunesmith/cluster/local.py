@@ -8,15 +8,17 @@ a head that has died is brought back by `up`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,13 +98,18 @@ class Local:
 
 
 def state_folder() -> Path:
-    """Where Tunesmith keeps what belongs to this user and machine: $XDG_STATE_HOME/tunesmith."""
+    """Where Tunesmith keeps what belongs to this user: $XDG_STATE_HOME/tunesmith. Several machines may share it."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tunesmith"
 
 
+def cluster_folder() -> Path:
+    """Where what belongs to this machine's cluster lies."""
+    return state_folder() / "clusters" / socket.gethostname()
+
+
 def find() -> Local | None:
-    """The cluster that `up` has started and `down` has not ended."""
-    record = state_folder() / "cluster" / "cluster.json"
+    """The cluster that `up` has started on this machine and `down` has not ended."""
+    record = cluster_folder() / "cluster.json"
     try:
         written = json.loads(record.read_text())
     except FileNotFoundError:
@@ -112,19 +119,41 @@ def find() -> Local | None:
 
 
 def up(nodes: int, cpus_per_node: int | None, gpus_per_node: int) -> Local:
-    """Starts a cluster, or brings back those nodes of the running one that have died.
+    """Starts a cluster, or brings back those nodes of the running one that have died. Of two at once the second waits.
 
     Raises:
         UsageError: a cluster of another shape is up.
         ResourceError: a node did not come up.
     """
+    with _alone():
+        return _up(nodes, cpus_per_node, gpus_per_node)
+
+
+def down() -> Local | None:
+    """Ends the cluster's processes and no other; returns what was ended."""
+    with _alone():
+        return _down()
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Nobody else on this machine starts or ends the cluster meanwhile."""
+    folder = cluster_folder()
+    folder.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _up(nodes: int, cpus_per_node: int | None, gpus_per_node: int) -> Local:
     known, is_new = find(), False
     shape = (nodes, cpus_per_node or max(1, int(this_machine().cpus) // nodes), gpus_per_node)
     if known is None:
         known, is_new = _new(*shape), True
     elif (len(known.members), known.head.cpus, known.head.gpus) != shape:
         raise UsageError(
-            f"a cluster of {len(known.members)} nodes with {known.head.cpus} CPUs and {known.head.gpus} GPUs is up already",
+            f"a cluster of another shape is up already: --nodes {len(known.members)} "
+            f"--cpus-per-node {known.head.cpus} --gpus-per-node {known.head.gpus}",
             "End it with `tunesmith down`, or give `up` the same shape to bring back nodes that have died.",
         )
     try:
@@ -134,13 +163,12 @@ def up(nodes: int, cpus_per_node: int | None, gpus_per_node: int) -> Local:
                 _save(known)
     except BaseException:
         if is_new:
-            down()
+            _down()
         raise
     return known
 
 
-def down() -> Local | None:
-    """Ends the cluster's processes and no other; returns what was ended."""
+def _down() -> Local | None:
     known = find()
     if known is None:
         return None
@@ -177,7 +205,7 @@ def token_for(dashboard: str) -> str | None:
 
 
 def _new(nodes: int, cpus: int, gpus: int) -> Local:
-    root = state_folder() / "cluster"
+    root = cluster_folder()
     root.mkdir(parents=True, mode=0o700, exist_ok=True)
     scratch = str(short_temporary_folder())
     known = Local(root, scratch)
@@ -240,8 +268,6 @@ def _save(known: Local) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    import socket
-
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:

@@ -24,7 +24,8 @@ def down(as_json: bool) -> None:
     if as_json:
         print_json({"ended": [] if ended is None else [one.pid for one in ended.members]})
     else:
-        say(stderr(), "no cluster is up" if ended is None else f"{len(ended.members)} nodes ended")
+        count = 0 if ended is None else len(ended.members)
+        say(stderr(), f"{count} node{'' if count == 1 else 's'} ended" if ended is not None else "no cluster is up")
 
 
 def status(as_json: bool) -> None:

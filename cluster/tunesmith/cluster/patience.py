@@ -11,6 +11,8 @@ from tunesmith.cluster.errors import StorageError
 T = TypeVar("T")
 
 LONGEST_PAUSE_S = 30.0
+STOP_GRACE_S = 600
+"""How long a stopped job may take to save, unless told otherwise."""
 
 
 def pauses(patience_s: float) -> Iterator[float]:

@@ -13,6 +13,8 @@ from tunesmith.cluster.errors import LostHeadError
 from tunesmith.cluster.resources import GIB, Node
 
 PATIENCE_S = 5.0
+HEAD_PATIENCE_S = 30.0
+"""For the first question to a head, which may be busy."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,35 @@ def cluster_id(address: str) -> str:
 
     raylet: Any = _raylet
     return raylet.GcsClient(address=address).cluster_id.hex()
+
+
+def require_head(address: str) -> None:
+    """Raises unless a head answers at host:port and takes the token that Ray would send.
+
+    Ray's own client says the same only after a minute or more of trying, each try in lines of its own on standard error.
+
+    Raises:
+        ConnectionError: says which of the two it is.
+    """
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    messages: Any = gcs_service_pb2
+    channel: Any = init_grpc_channel(address, [("grpc.enable_http_proxy", 0)])
+    with channel:
+        try:
+            NodeInfoGcsServiceStub(channel).GetClusterId(messages.GetClusterIdRequest(), timeout=HEAD_PATIENCE_S)
+        except grpc.RpcError as error:
+            status: Any = error
+            if status.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise ConnectionError(
+                    "the cluster asks for a token, and this is not its own or there is none"
+                ) from error
+            is_web = "parsing HTTP/2" in str(status.details())
+            what = "a web server does, such as a dashboard" if is_web else status.code().name.lower().replace("_", " ")
+            raise ConnectionError(f"no head of a Ray cluster answers at {address}: {what}") from error
 
 
 def _client() -> Any:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from tunesmith.cluster.errors import ResourceError
-from tunesmith.cluster.ray_nodes import RayNode, cluster_id, joined_cluster_id, ray_nodes
+from tunesmith.cluster.ray_nodes import RayNode, cluster_id, joined_cluster_id, ray_nodes, require_head
 from tunesmith.cluster.resources import GIB, Node, this_machine
 
 OBJECT_STORE_BYTES = 80 * 2**20
@@ -192,7 +192,7 @@ class RaySession:
     def _connect(self) -> bool:
         """Whether this call connected, and close() must disconnect."""
         if self.address is not None:
-            require_answer(self.head)
+            require_answer(self.head)  # before Ray is imported, which takes a second
         logging.getLogger("ray").setLevel(logging.ERROR)  # importing Ray in a thread warns about signal handlers
         import ray
 
@@ -208,6 +208,7 @@ class RaySession:
             logging.getLogger("ray").setLevel(logging.ERROR)
             # Ray itself sends a token it has to an automatically found cluster only.
             tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+            require_cluster(self.address)
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         if self.address is not None:
             ray.init(address=self.head, **quiet)
@@ -305,6 +306,19 @@ def _apart_from_our_signals() -> Iterator[None]:
         services.ConsolePopen = saved
 
 
+def require_cluster(address: str) -> None:
+    """Raises unless a head answers and takes our token. Needs Ray, and asks nothing of it that has no end.
+
+    Raises:
+        ConnectionError: says which it is; for `auto` too, where a Ray that has ended may have left its address.
+    """
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
+    found = canonicalize_bootstrap_address_or_die("auto") if address == "auto" else address
+    require_answer(found)
+    require_head(found)
+
+
 def require_answer(address: str, patience_s: float = CONNECT_PATIENCE_S) -> None:
     """Raises unless something accepts connections at a cluster's address within so many seconds.
 
@@ -319,7 +333,7 @@ def require_answer(address: str, patience_s: float = CONNECT_PATIENCE_S) -> None
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=patience_s).close()
     except OSError as error:
-        raise ConnectionError(f"nothing answers there ({error.strerror or error})") from error
+        raise ConnectionError(f"nothing answers at {address} ({error.strerror or error})") from error
 
 
 def _is_loopback(address: str | None) -> bool:

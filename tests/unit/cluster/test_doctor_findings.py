@@ -253,6 +253,11 @@ def test_a_machine_without_gpus_and_without_a_cluster_has_nothing_wrong():
     }
 
 
+def test_what_a_cluster_has_that_was_not_joined_is_not_judged_by_this_machine():
+    unjoined = facts(nodes=[], address_error="nothing answers there", resources=[Node(64, gpus=8)])
+    assert [(one.verdict, one.where) for one in named(unjoined, "resources")] == [("skipped", "cluster")]
+
+
 def test_an_offset_within_what_the_round_trip_leaves_open_is_no_finding():
     assert [one.verdict for one in named(skewed(2.0, uncertainty_s=1.5), "clocks")] == ["ok"]
     assert [one.verdict for one in named(skewed(2.0, uncertainty_s=0.5), "clocks")] == ["warning"]

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -24,7 +26,7 @@ def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def a_cluster(tmp_path: Path, pids: list[int]) -> local.Local:
     """The record of a cluster of these processes, as `up` leaves it."""
-    root, scratch = tmp_path / "state" / "tunesmith" / "cluster", tmp_path / "scratch"
+    root, scratch = local.cluster_folder(), tmp_path / "scratch"
     for folder in (root, scratch):
         folder.mkdir(parents=True)
     spec = NodeSpec("head", True, 1, 0, 1.0, 6379, 8265, str(scratch), str(root / "head.ready"))
@@ -60,8 +62,35 @@ def test_down_ends_what_was_started_and_no_process_that_has_got_its_number(tmp_p
 
 def test_a_second_cluster_of_another_shape_is_refused_with_the_first_ones(tmp_path: Path) -> None:
     a_cluster(tmp_path, [os.getpid()])
-    with pytest.raises(UsageError, match="a cluster of 1 nodes with 1 CPUs and 0 GPUs is up already"):
+    with pytest.raises(UsageError, match="is up already: --nodes 1 --cpus-per-node 1 --gpus-per-node 0"):
         local.up(3, 1, 0)
+
+
+def test_of_two_starts_at_once_the_second_finds_what_the_first_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def start(_: local.Local, spec: NodeSpec) -> local.Member:
+        started.append(spec.name)
+        time.sleep(0.2)  # the other one is at it meanwhile
+        return local.Member(spec, os.getpid(), psutil.Process().create_time())
+
+    monkeypatch.setattr(local, "_start", start)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: local.up(2, 1, 0), range(2))
+    assert started == ["head", "node-1"]
+    assert first == second
+
+
+def test_the_cluster_of_another_machine_with_the_same_home_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = a_cluster(tmp_path, [os.getpid()])
+    monkeypatch.setattr(local.socket, "gethostname", lambda: "another")
+    assert local.find() is None
+    assert local.down() is None
+    assert (known.root / "cluster.json").exists()
 
 
 def test_a_start_that_is_interrupted_leaves_no_process() -> None:

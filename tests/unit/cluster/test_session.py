@@ -7,9 +7,10 @@ import socket
 import time
 
 import pytest
+from ray._private import services
 
 from tunesmith.cluster.errors import ResourceError
-from tunesmith.cluster.session import RaySession, cluster_address, require_answer
+from tunesmith.cluster.session import RaySession, cluster_address, require_answer, require_cluster
 
 
 def test_the_recipes_address_comes_before_the_environments(monkeypatch: pytest.MonkeyPatch):
@@ -25,9 +26,20 @@ def test_a_cluster_that_is_not_there_is_said_at_once():
         closed.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{closed.getsockname()[1]}"
         began = time.monotonic()
-        with RaySession(address) as session, pytest.raises(ResourceError, match=f"{address}.*nothing answers there"):
+        with RaySession(address) as session, pytest.raises(ResourceError, match=f"nothing answers at {address}"):
             session.nodes()
     assert time.monotonic() - began < 20  # most of it importing Ray
+
+
+def test_what_a_ray_that_has_ended_has_left_behind_is_no_cluster(monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr(services, "find_gcs_addresses", set)
+        monkeypatch.setattr(services, "find_bootstrap_address", lambda _: f"localhost:{port}")
+        with pytest.raises(ConnectionError, match=f"nothing answers at .*:{port}"):
+            require_cluster("auto")
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:port"])

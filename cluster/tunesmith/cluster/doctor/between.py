@@ -26,7 +26,7 @@ START_WITH_TOKEN = (
 def address(facts: Facts) -> Iterator[Finding]:
     """The cluster can be joined, and every node of it does what it is told."""
     if facts.address_error:
-        fix = "Check the address, the firewall on the way, and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token."
+        fix = "Check the address (host:port of the head), the firewall on the way, and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token."
         yield failure("address", facts.driver.name, facts.address_error, fix)
     elif facts.address is None:
         yield skipped("address", facts.driver.name, "no cluster was named: this machine alone was looked at")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.cluster import local
 from tunesmith.cluster.console import print_json, say, stderr, stdout
 from tunesmith.cluster.doctor.checks import findings
 from tunesmith.cluster.doctor.finding import Finding
@@ -32,7 +33,8 @@ def run(recipe: Path | None, address: str | None, storage: str | None, as_json: 
     if "://" in written:
         raise UsageError(f"{written}: runs are written to a folder", "Name one that all nodes have mounted.")
     folder = Path(written).expanduser().absolute()
-    where = address or (loaded.cluster.address if loaded else None) or os.environ.get("RAY_ADDRESS") or None
+    named = address or (loaded.cluster.address if loaded else None) or os.environ.get("RAY_ADDRESS") or None
+    where = cluster_of_up(named)
     with stderr().status("looking at this machine …") as status:
         facts = gather(where, folder, loaded, lambda doing: status.update(f"{doing} …"))
     found = findings(facts)
@@ -45,8 +47,28 @@ def run(recipe: Path | None, address: str | None, storage: str | None, as_json: 
     counts = Counter(one.verdict for one in found)
     say(stderr(), ", ".join(f"{counts[verdict]} {verdict}" for verdict in COLOURS if counts[verdict]))
     if failed:
-        named = ", ".join(dict.fromkeys(one.check for one in failed))
-        raise TunesmithError(f"{len(failed)} findings are failures: {named}", "Each is shown with its fix.")
+        checks = ", ".join(dict.fromkeys(one.check for one in failed))
+        count = "1 finding is a failure" if len(failed) == 1 else f"{len(failed)} findings are failures"
+        raise TunesmithError(f"{count}: {checks}", "Each is shown with its fix.")
+
+
+def cluster_of_up(named: str | None) -> str | None:
+    """The address that is meant: the cluster of `tunesmith up`, with its token, where that is named or nothing else is.
+
+    Raises:
+        UsageError: it is the address of another cluster's dashboard.
+    """
+    known = local.find()
+    if known is not None and named in (None, "auto", known.address, known.dashboard, known.dashboard.split("//")[1]):
+        if not os.environ.get("RAY_AUTH_TOKEN"):
+            os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(known.token_file))
+        return known.address
+    if named is not None and named.startswith(("http://", "https://")):
+        raise UsageError(
+            f"{named}: the dashboard of a cluster that `tunesmith up` has not started here",
+            "The doctor joins Ray itself: give host:port of the cluster's head, as in 10.0.0.5:6379, from inside its network.",
+        )
+    return named
 
 
 def show(found: list[Finding], console: Console) -> None:

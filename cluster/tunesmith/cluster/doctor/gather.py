@@ -9,6 +9,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, metadata, requires
 from ipaddress import ip_address
 from pathlib import Path
@@ -59,7 +60,9 @@ def gather(address: str | None, folder: Path, recipe: Recipe | None, tell: Tell)
     else:
         with RaySession(address) as session:
             facts = _ask_cluster(session, facts, libraries, folder, tell)
-    need = needs(recipe.cluster, facts.resources) if recipe is not None else None
+    need = None
+    if recipe is not None:  # an elastic run begins with the fewest
+        need = replace(needs(recipe.cluster, facts.resources), workers=recipe.cluster.fewest_workers)
     return facts.model_copy(update={"need": need})
 
 

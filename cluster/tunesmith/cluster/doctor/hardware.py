@@ -34,14 +34,16 @@ def resources(facts: Facts) -> Iterator[Finding]:
     if facts.need is None:
         yield skipped("resources", where, "no recipe was given")
         return
+    if facts.address_error:
+        yield skipped("resources", "cluster", "what it has is not known: it could not be joined")
+        return
     need = facts.need
     try:
         require_resources(need, facts.resources)
     except ResourceError as error:
         yield failure("resources", where, error.what, error.fix)
     else:
-        asked = ", ".join(f"{amount:g} {kind}" for kind, amount in need.ray_resources().items() if kind != "memory")
-        yield ok("resources", where, f"{need.workers} workers of {asked} have room")
+        yield ok("resources", where, f"{need} {'has' if need.workers == 1 else 'have'} room")
 
 
 def gpus(facts: Facts) -> Iterator[Finding]:

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import logging
+import re
+import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from typing import Any
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from tunesmith.cluster.errors import ChangedError, ResourceError, UsageError
-from tunesmith.cluster.jobs.spec import METADATA_KEY, STOP_GRACE_S, JobSpec, job_id, prefix
+from tunesmith.cluster.jobs.spec import METADATA_KEY, JobSpec, job_id, prefix
 from tunesmith.cluster.jobs.states import Seen, state_of
 from tunesmith.cluster.local import token_for
+from tunesmith.cluster.patience import STOP_GRACE_S
 from tunesmith.cluster.runstore import JobRecord, RunStore
 
 ENTRYPOINT = "exec python -m tunesmith.cluster.jobs.driver"
+DASHBOARD = re.compile(r"https?://(?:\[[\da-fA-F:]+\]|[^/:@\s\[\]]+)(?::\d{1,5})?(?:/\S*)?")
 PATIENCE_S = 180.0
 """How long a head may be away, because it is being restarted, before a submission gives up."""
 RETRY_S = 1.0
+REFUSED = re.compile(r"status code 4\d\d")
+"""In what Ray's client says of an answer that asking again does not change."""
 FREE_AFTER = ("failed", "stopped", "lost")
 """Ends after which a key stands for the next job of its run."""
 
@@ -32,14 +40,15 @@ class Cluster:
     ) -> None:
         """
         Args:
-            address: of the dashboard, as in http://127.0.0.1:8265.
+            address: of the dashboard, as `dashboard_address` takes it.
             patience_s: how long to try while nothing answers.
             tell: is told that it does not.
 
         Raises:
+            UsageError: it cannot be an address of a dashboard.
             ResourceError: nothing answers there, or the token is not taken.
         """
-        self.address = address if "://" in address else f"http://{address}"
+        self.address = dashboard_address(address)
         self._patience_s, self._tell = patience_s, tell
         logging.getLogger("ray").setLevel(logging.ERROR)  # it says when a log has ended
         token = token_for(self.address)
@@ -57,6 +66,7 @@ class Cluster:
 
         Raises:
             ChangedError: the key stands for a job with another recipe.
+            UsageError: the cluster refuses what is submitted, as when the package of the code is too large.
             ResourceError: the cluster does not answer.
         """
         deadline = time.monotonic() + self._patience_s
@@ -64,8 +74,9 @@ class Cluster:
             known, number = self._latest(spec.record, store)
             if known is not None and known.state not in FREE_AFTER:
                 if known.recipe != spec.record.recipe:
+                    where = "has succeeded" if known.state == "succeeded" else "waits or is at work"
                     raise ChangedError(
-                        f"job {known.id} of the same key is {known.state} with another recipe",
+                        f"job {known.id} of the same key {where} with another recipe",
                         "Stop it first, give the run another name, or submit with another --key.",
                     )
                 return known
@@ -84,10 +95,13 @@ class Cluster:
                     metadata={METADATA_KEY: whole.model_dump_json()},
                     runtime_env=_with_grace(runtime_env, grace_s),
                 )
-            except (OSError, RuntimeError) as error:
-                if "already exists" not in str(error) and time.monotonic() > deadline:
+            except (OSError, RuntimeError, ValueError) as error:
+                was_faster = "already exists" in str(error)  # another submission of the key
+                if not was_faster and (isinstance(error, ValueError) or REFUSED.search(str(error))):
+                    raise UsageError(f"the cluster at {self.address} does not take the job: {_told(error)}") from error
+                if time.monotonic() > deadline:
                     raise self._unreachable(error) from error
-                time.sleep(RETRY_S)  # another one was faster, or the head is away: what it knows then decides
+                time.sleep(RETRY_S)  # or the head is away: what it knows then decides
                 continue
             return store.add(record, f"submitted to {self.address} by {record.user}")
 
@@ -159,28 +173,57 @@ class Cluster:
                     raise UsageError(
                         f"the cluster at {self.address} knows no such job", "`tunesmith jobs` lists them."
                     ) from error
-                if time.monotonic() > deadline or _refused(error):
+                if time.monotonic() > deadline or _is_final(error):
                     raise self._unreachable(error) from error
                 if not told:
-                    self._tell(f"{self.address} does not answer; trying for {self._patience_s:.0f} s")
+                    until = datetime.now() + timedelta(seconds=self._patience_s)
+                    self._tell(f"{self.address} does not answer ({_told(error)}); trying until {until:%H:%M:%S}")
                     told = True
                 time.sleep(RETRY_S)
 
     def _unreachable(self, error: BaseException) -> ResourceError:
-        what = str(error).strip().partition("\n")[0]
-        if _refused(error):
+        if isinstance(error, AuthenticationError):
             return ResourceError(
-                f"the cluster at {self.address} does not take this token: {what}",
+                f"the cluster at {self.address} does not take this token: {_told(error)}",
                 "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token.",
             )
         return ResourceError(
-            f"no cluster answers at {self.address}: {what}",
+            f"no cluster answers at {self.address}: {_told(error)}",
             "Check the address (of the dashboard, as in http://127.0.0.1:8265), and whether its head is up.",
         )
 
 
-def _refused(error: BaseException) -> bool:
-    return isinstance(error, AuthenticationError)
+def dashboard_address(given: str) -> str:
+    """The address of a dashboard in the one form in which it is compared: http://HOST:PORT.
+
+    Raises:
+        UsageError: it is something else, such as Ray's own address.
+    """
+    whole = given if "://" in given else f"http://{given}"
+    if given == "auto" or not DASHBOARD.fullmatch(whole):
+        raise UsageError(
+            f"--address {given}: jobs are handed to a cluster's dashboard",
+            "Give its address, as in http://HOST:8265, or start a cluster here with `tunesmith up`.",
+        )
+    return whole.rstrip("/")
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether asking again is of no use: the token is wrong, nothing has that name, or it speaks no TLS."""
+    return isinstance(error, AuthenticationError) or isinstance(_root(error), socket.gaierror | ssl.SSLError)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error began with: Ray and its HTTP library wrap the one that says something."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
+
+
+def _told(error: BaseException) -> str:
+    first = _root(error)
+    text = first.strerror if isinstance(first, OSError) else None
+    return text or str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _with_grace(runtime_env: dict[str, Any], grace_s: int) -> dict[str, Any]:
@@ -202,4 +245,5 @@ def _seen(details: JobDetails, alive: set[str]) -> Seen:
     node_gone = details.status == JobStatus.RUNNING and details.driver_node_id not in alive
     never_ended = details.status == JobStatus.FAILED and details.driver_node_id and details.driver_exit_code is None
     driver_lost = bool(node_gone or never_ended)
-    return Seen(str(details.status), details.message or "", details.driver_exit_code, ended, driver_lost)
+    ended_at = details.end_time / 1000 if ended and details.end_time else None
+    return Seen(str(details.status), details.message or "", details.driver_exit_code, ended, driver_lost, ended_at)

@@ -14,19 +14,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from tunesmith.cluster import local
 from tunesmith.cluster.artifacts import verify
 from tunesmith.cluster.console import print_json, say, stderr, stdout
-from tunesmith.cluster.errors import RecipeError, ResourceError, UsageError
+from tunesmith.cluster.errors import RecipeError, ResourceError, StoppedError, TunesmithError, UsageError
 from tunesmith.cluster.jobs import secrets
-from tunesmith.cluster.jobs.client import Cluster
+from tunesmith.cluster.jobs.client import Cluster, dashboard_address
 from tunesmith.cluster.jobs.code import gather
-from tunesmith.cluster.jobs.spec import STOP_GRACE_S, JobSpec
+from tunesmith.cluster.jobs.spec import JobSpec
 from tunesmith.cluster.jobs.states import state_of
 from tunesmith.cluster.jobs.versions import here
+from tunesmith.cluster.patience import STOP_GRACE_S
 from tunesmith.cluster.progress import duration
 from tunesmith.cluster.recipe.load import load_recipe, recipe_hash
 from tunesmith.cluster.runs import RunFolder
@@ -34,6 +37,10 @@ from tunesmith.cluster.runstore import JobRecord, RunStore, how_far, log_file, r
 
 FOLLOW_S = 0.3
 ASK_CLUSTER_S = 5.0
+RECENT_S = 3600.0
+"""For so long after its end a job is still listed."""
+UNBROKEN = 10_000
+"""Columns of a table that goes to a program."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def submit(recipe_file: Path, overrides: list[str], wish: Wish, as_json: bool) -
         secrets=references, expected_s=wish.expected_s, preemptible=wish.preemptible,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        cluster = Cluster(address_of(wish.address), tell=lambda text: say(stderr(), text))
+        cluster = Cluster(address_of(wish.address), tell=_tell)
         store = RunStore()
         environment: dict[str, Any] = {"env_vars": variables}
         if wish.ship_code:
@@ -87,8 +94,8 @@ def submit(recipe_file: Path, overrides: list[str], wish: Wish, as_json: bool) -
     if as_json:
         print_json({**job.model_dump(), "new": is_new})
         return
-    said = "submitted" if is_new else f"is {job.state} already: the same key stands for one job"
-    say(stderr(), f"job {job.id} {said}\nrun {job.run} goes to {job.folder}\n`tunesmith logs -f {job.id}` follows it")
+    said = f"job {job.id} submitted" if is_new else f"{said_of(job)}; the same key stands for one job"
+    say(stderr(), f"{said}\nrun {job.run} goes to {job.folder}\n`tunesmith logs -f {job.id}` follows it")
     stdout().print(job.id)
 
 
@@ -96,40 +103,46 @@ def address_of(given: str | None) -> str:
     """Where jobs are submitted: the option, else RAY_API_SERVER_ADDRESS, else the cluster of `tunesmith up`.
 
     Raises:
-        UsageError: nobody says where.
+        UsageError: nobody says where, or what is said is not the address of a dashboard.
     """
-    named = given or os.environ.get("RAY_API_SERVER_ADDRESS")
-    if named:
-        return named
-    known = local.find()
-    if known is None:
+    named = _named_address(given)
+    if named is None:
         raise UsageError(
             "no cluster is named", "Give --address http://HOST:8265, or start one here with `tunesmith up`."
         )
-    return known.dashboard
+    return named
+
+
+def _named_address(given: str | None) -> str | None:
+    named = given or os.environ.get("RAY_API_SERVER_ADDRESS")
+    if named:
+        return dashboard_address(named)
+    known = local.find()
+    return None if known is None else known.dashboard
 
 
 class View:
-    """Jobs as this machine and the cluster see them together."""
+    """Jobs as this machine and the cluster see them together. Where no cluster is named, as this machine alone knows them."""
 
-    def __init__(self, address: str | None, patience_s: float = ASK_CLUSTER_S) -> None:
+    def __init__(self, address: str | None) -> None:
         self.store = RunStore()
-        self.address = address_of(address)
-        self.unreachable = ""
+        self.address = _named_address(address)
+        self.away: ResourceError | None = None
+        """Why the cluster could not be asked."""
         self.cluster: Cluster | None = None
         self.seen, self.records = {}, {}
+        if self.address is None:
+            return
         try:
-            self.cluster = Cluster(self.address, patience_s)
+            self.cluster = Cluster(self.address, ASK_CLUSTER_S)
             self.seen, self.records = self.cluster.look()
         except ResourceError as away:
-            self.unreachable = away.what
+            self.away = away
 
     def jobs(self) -> list[JobRecord]:
         """Every job of the cluster that anybody knows of, each in its true state, the oldest first."""
-        address = self.cluster.address if self.cluster else self.address
-        known = {one.id: one for one in self.store.jobs() if one.cluster == address}
-        known |= {id: one for id, one in self.records.items() if id not in known}
-        judged = [self._judge(one) for one in known.values()]
+        noted = {one.id: one for one in self.store.jobs() if self.address in (None, one.cluster)}
+        judged = [self._judge(one, one.id in noted) for one in (self.records | noted).values()]
         return sorted(judged, key=lambda one: (one.submitted_at, one.id))
 
     def job(self, name: str) -> JobRecord:
@@ -137,19 +150,41 @@ class View:
 
         Raises:
             UsageError: nobody knows it.
+            ResourceError: it is not known here, and the cluster does not answer.
         """
-        found = [one for one in self.jobs() if name in (one.id, one.run)]
-        if not found:
-            away = f" ({self.unreachable})" if self.unreachable else ""
-            raise UsageError(f"there is no job or run {name}{away}", "`tunesmith jobs` lists them.")
-        return found[-1]
+        return self.named(name)[-1]
 
-    def _judge(self, record: JobRecord) -> JobRecord:
-        ours = _from_folder(record) or record
-        state, why = state_of(ours, self.seen.get(record.id), time.time(), not self.unreachable)
+    def named(self, name: str) -> list[JobRecord]:
+        """The job of this id, or the jobs of the run of this name, the oldest first. Raises as `job`."""
+        found = [one for one in self.jobs() if name in (one.id, one.run)]
+        if found:
+            return found
+        if self.away is not None:
+            raise ResourceError(
+                f"no job or run {name} is known here, and {self.away.what}", self.away.fix
+            ) from self.away
+        raise UsageError(f"there is no job or run {name}", "`tunesmith jobs --all` lists them.")
+
+    def require_cluster(self) -> Cluster:
+        """The cluster, to ask it for more.
+
+        Raises:
+            UsageError: none is named.
+            ResourceError: it does not answer.
+        """
+        if self.cluster is not None and self.away is None:
+            return self.cluster
+        raise self.away or UsageError("no cluster is named", "Give --address http://HOST:8265.")
+
+    def _judge(self, record: JobRecord, is_noted: bool) -> JobRecord:
+        ours, seen = _from_folder(record) or record, self.seen.get(record.id)
+        state, why = state_of(ours, seen, time.time(), self.cluster is not None and self.away is None)
         after = ours.model_copy(update={"state": state, "why": why})
-        if after.ended and state != "lost" and self.store.job(record.id) is not None:
-            self.store.change(record.id, f"{state}: {why}" if not record.ended else "", state=state, why=why)
+        if seen is not None and seen.ended and not ours.ended:
+            after = after.model_copy(update={"exit_code": seen.exit_code, "ended_at": seen.ended_at})
+        if is_noted and after.ended and not record.ended and state != "lost":
+            fields = after.model_dump(include={"state", "why", "exit_code", "ended_at", "artifact"})
+            self.store.change(record.id, f"{state}: {why}", **fields)
         return after
 
 
@@ -163,25 +198,45 @@ def _from_folder(record: JobRecord) -> JobRecord | None:
 
 
 def show(address: str | None, everything: bool, rebuild: Path | None, as_json: bool) -> None:
-    """Prints the jobs; those that have ended only when asked for.
+    """Prints the jobs; those that have ended only for a while, unless asked for.
 
     Args:
         rebuild: an output folder whose runs tell of jobs that this machine has forgotten.
+
+    Raises:
+        ResourceError: the cluster could not be asked; what is known here was printed.
     """
     view = View(address)
     if rebuild is not None:
-        say(stderr(), f"{len(view.store.rebuild(rebuild))} jobs taken in from {rebuild}")
-    found = [one for one in view.jobs() if everything or not one.ended]
+        taken = len(view.store.rebuild(rebuild))
+        say(stderr(), f"{taken} job{'' if taken == 1 else 's'} taken in from {rebuild}")
+    now = time.time()
+    found = [one for one in view.jobs() if everything or not one.ended or now - (one.ended_at or 0) < RECENT_S]
     if as_json:
         print_json([one.model_dump() for one in found])
-        return
-    if view.unreachable:
-        say(stderr(), f"warning: {view.unreachable}", "yellow")
-    table = Table("job", "state", "user", "priority", "since", "why", box=box.SIMPLE)
+    elif found:
+        _print_table(found, now)
+    elif view.away is None:
+        say(stderr(), "no jobs" if everything else "no jobs at work; --all shows all")
+    if view.away is not None:
+        raise view.away
+    if view.address is None and not as_json:
+        say(stderr(), "no cluster is named: this is what is known here")
+
+
+def _print_table(found: list[JobRecord], now: float) -> None:
+    """One line a job where no person reads it; ids are never cut."""
+    console = stdout()
+    if not console.is_terminal:
+        console.width = UNBROKEN
+    table = Table(box=box.SIMPLE)
+    table.add_column("job", no_wrap=True, min_width=max(len(one.id) for one in found))
+    for title in ("state", "user", "priority", "since", "why"):
+        table.add_column(title, overflow="fold")
     for one in found:
-        since = one.ended_at or one.started_at or one.submitted_at
-        table.add_row(one.id, one.state, one.user, str(one.priority), duration(time.time() - since), one.why)
-    stdout().print(table) if found else say(stderr(), "no jobs" if everything else "no jobs at work; --all shows all")
+        since = duration(now - (one.ended_at or one.started_at or one.submitted_at))
+        table.add_row(one.id, one.state, one.user, str(one.priority), since, Text(one.why))
+    console.print(table)
 
 
 def describe(name: str, address: str | None, as_json: bool) -> None:
@@ -220,21 +275,55 @@ def _of_sweep(folder: RunFolder) -> dict[str, int]:
 
 
 def logs(name: str, address: str | None, follow: bool, as_json: bool) -> None:
-    """Prints what a job has printed: from the run's folder where this machine sees it, else through the cluster."""
+    """Prints what a job has printed: from the run's folder where this machine sees it, else through the cluster.
+
+    Raises:
+        typer.Exit: with the job's own exit code, when it was followed to another end than success.
+        ResourceError: the log is not seen from here, and the cluster does not answer.
+    """
     view = View(address)
     job = view.job(name)
     kept = log_file(Path(job.folder), job.id)
     if kept.exists():
         pieces = _follow_file(kept, view, job) if follow else iter([kept.read_text(errors="replace")])
-    elif view.cluster is None:
-        raise ResourceError(
-            f"{kept} is not seen from here, and {view.unreachable}", "Try again when the cluster is up."
-        )
+    elif follow and view.address is not None:
+        pieces = Cluster(view.address, tell=_tell).follow(job.id)  # a head may be restarted meanwhile
     else:
-        pieces = view.cluster.follow(job.id) if follow else iter([view.cluster.log(job.id)])
+        pieces = iter([view.require_cluster().log(job.id)])
     for piece in pieces:
         sys.stdout.write(json.dumps({"text": piece}) + "\n" if as_json and piece else piece)
         sys.stdout.flush()
+    if follow:
+        ended = _until_ended(job, address)
+        say(stderr(), said_of(ended))
+        if code := exit_code_of(ended):
+            raise typer.Exit(code)
+
+
+def said_of(job: JobRecord) -> str:
+    """Where a job stands, in a line."""
+    verb = "has" if job.state in ("succeeded", "failed") else "is"
+    return f"job {job.id} {verb} {job.state}{': ' + job.why if job.why else ''}"
+
+
+def exit_code_of(job: JobRecord) -> int:
+    """What a command that waited for the end of a job exits with: as the job itself did, if it lived to do so."""
+    if job.state == "succeeded":
+        return 0
+    if job.state == "stopped":
+        return StoppedError.exit_code
+    return job.exit_code if job.exit_code is not None and job.exit_code > 0 else TunesmithError.exit_code
+
+
+def _until_ended(job: JobRecord, address: str | None) -> JobRecord:
+    while not job.ended:
+        time.sleep(FOLLOW_S)
+        job = View(address).job(job.id)
+    return job
+
+
+def _tell(text: str) -> None:
+    say(stderr(), text)
 
 
 def _follow_file(kept: Path, view: View, job: JobRecord) -> Iterator[str]:
@@ -256,21 +345,29 @@ def _follow_file(kept: Path, view: View, job: JobRecord) -> Iterator[str]:
 
 
 def stop(name: str, address: str | None, wait: bool, as_json: bool) -> None:
-    """Asks a job to save and stop, and waits until it has."""
+    """Asks a job to save and stop, and waits until it has.
+
+    Raises:
+        UsageError: nobody knows it, or several jobs of the run have not ended.
+        ResourceError: the cluster does not answer.
+    """
     view = View(address)
-    job = view.job(name)
-    if view.cluster is None:
-        raise ResourceError(view.unreachable, "Try again when the cluster is up.")
+    living = [one for one in view.named(name) if not one.ended]
+    if len(living) > 1:
+        raise UsageError(
+            f"run {name} has {len(living)} jobs that have not ended: {', '.join(one.id for one in living)}",
+            "Name the one that is meant by its id.",
+        )
+    job = living[0] if living else view.job(name)
     if not job.ended:
-        view.cluster.stop(job.id)
+        view.require_cluster().stop(job.id)
         say(stderr(), f"job {job.id} is asked to save and stop")
-    while wait and not job.ended:
-        time.sleep(FOLLOW_S)
-        job = View(address).job(job.id)
+    if wait:
+        job = _until_ended(job, address)
     if as_json:
         print_json(job.model_dump())
     else:
-        say(stderr(), f"job {job.id} is {job.state}{': ' + job.why if job.why else ''}")
+        say(stderr(), said_of(job))
 
 
 def artifacts(name: str, address: str | None, as_json: bool) -> None:

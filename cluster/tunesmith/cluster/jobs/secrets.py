@@ -33,6 +33,8 @@ _SHAPES = {
     "a long run of hexadecimal digits": r"\b[0-9a-fA-F]{40,}\b",
 }
 _TELLING_NAME = re.compile(r"(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIALS?)$", re.IGNORECASE)
+_OF_THE_NODES = re.compile(r"PATH|PYTHONPATH|PYTHONHOME|LD_PRELOAD|RAY_\w*")
+"""Variables without which Ray starts no process, or another one than it means to."""
 _REFERENCE = re.compile(r"(env|file):(.+)", re.DOTALL)
 
 
@@ -52,13 +54,23 @@ def split(given: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Plain variables and references, from `NAME=VALUE` strings.
 
     Raises:
-        UsageError: not of that form, or a plain value looks like a secret.
+        UsageError: not of that form, a variable that the nodes themselves need, or a plain value looks like a secret.
     """
     plain, references = {}, {}
     for entry in given:
         name, equals, value = entry.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise UsageError(f"--env {name or entry}: not of the form NAME=VALUE, NAME=env:NAME or NAME=file:PATH")
+        if _OF_THE_NODES.fullmatch(name):
+            raise UsageError(
+                f"--env {name}: with another one the cluster's nodes could not start the job",
+                "Leave it out, or set it where the cluster's nodes are started.",
+            )
+        if value in ("env:", "file:"):
+            raise UsageError(
+                f"--env {entry}: does not say {'of which variable' if value == 'env:' else 'of which file'}",
+                f"Name it: --env {name}=env:{name} or --env {name}=file:/path.",
+            )
         if _REFERENCE.fullmatch(value):
             references[name] = value
             continue

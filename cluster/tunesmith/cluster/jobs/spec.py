@@ -12,8 +12,6 @@ from tunesmith.cluster.runstore import JobRecord
 
 METADATA_KEY = "tunesmith"
 """Under which Ray's jobs API holds it."""
-STOP_GRACE_S = 600
-"""How long a stopped job may take to save, unless told otherwise."""
 
 
 class JobSpec(BaseModel):

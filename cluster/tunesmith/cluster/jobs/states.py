@@ -10,7 +10,7 @@ from tunesmith.cluster.runstore import HEARD_S, JobRecord, how_far
 
 SAVED, FAILED, STOPPED_AT_ONCE = 75, 1, 143
 
-AGAIN = "submit it again with the same command: the run goes on from its newest checkpoint"
+AGAIN = "submit it again with the same command: the run goes on from its newest checkpoint, if it has one"
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Seen:
     ended: bool = False
     driver_lost: bool = False
     """The job's driver did not end by itself: its node is gone."""
+    ended_at: float | None = None
+    """In seconds since 1970, if it has ended."""
 
 
 def state_of(record: JobRecord, seen: Seen | None, now: float, reachable: bool = True) -> tuple[str, str]:
@@ -61,7 +63,7 @@ def _ended(seen: Seen) -> tuple[str, str]:
     if seen.status == "SUCCEEDED":
         return "succeeded", ""
     if seen.status == "STOPPED" or seen.exit_code in (75, 143):
-        return "stopped", "submitted again, it goes on from its newest checkpoint"
+        return "stopped", "submitted again, it goes on from its newest checkpoint, if it has one"
     return "failed", error_in(seen.message) or seen.message.strip().partition("\n")[0]
 
 

@@ -249,6 +249,11 @@ class Cluster(Section):
         return self.workers if isinstance(self.workers, int) else self.workers.max
 
     @property
+    def fewest_workers(self) -> int:
+        """Workers with which the run may begin."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
     def is_elastic(self) -> bool:
         """Whether the number of workers may change while it runs."""
         return isinstance(self.workers, Workers)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ from typer.testing import CliRunner
 
 from tunesmith.cluster.errors import RecipeError, ResourceError, UsageError
 from tunesmith.cluster.jobs import commands
-from tunesmith.cluster.jobs.client import Cluster
+from tunesmith.cluster.jobs.client import Cluster, dashboard_address
 from tunesmith.cluster.jobs.spec import job_id, prefix
 from tunesmith.cluster.main import app
 
@@ -56,7 +61,73 @@ def test_a_cluster_that_does_not_answer_is_named_after_it_was_said_to_be_waited_
     told: list[str] = []
     with pytest.raises(ResourceError, match=f"no cluster answers at {address}"):
         Cluster(address, patience_s=1.5, tell=told.append)
-    assert told == [f"{address} does not answer; trying for 2 s"]
+    (said,) = told
+    assert re.fullmatch(rf"{address} does not answer \(Connection refused\); trying until \d\d:\d\d:\d\d", said)
+
+
+@pytest.mark.parametrize("address", ["auto", "ray://127.0.0.1:10001", "ftp://head:8265", "http://", "head:port"])
+def test_what_is_no_dashboards_address_is_refused_before_anything_is_tried(address: str) -> None:
+    with pytest.raises(UsageError, match="jobs are handed to a cluster's dashboard"):
+        dashboard_address(address)
+
+
+def test_a_dashboards_address_has_one_form() -> None:
+    assert {dashboard_address(one) for one in ("head:8265", "http://head:8265", "http://head:8265/")} == {
+        "http://head:8265"
+    }
+
+
+def test_a_name_that_nothing_has_ends_at_once() -> None:
+    with pytest.raises(ResourceError, match=r"no cluster answers at http://no-such-host\.invalid:8265"):
+        Cluster("no-such-host.invalid:8265", patience_s=600, tell=pytest.fail)
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A cluster without jobs that takes none: it answers a submission with what `refusal` says."""
+
+    refusal = (400, "runtime_env: no such package")
+
+    def do_GET(self) -> None:
+        known = {"/api/version": {"ray_version": "2.60.0"}, "/api/jobs/": []}
+        self._say(200, json.dumps(known.get(self.path, {"data": {"summary": []}})))
+
+    def do_POST(self) -> None:
+        self._say(*self.refusal)
+
+    def _say(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.fixture
+def answering() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_https_to_a_dashboard_that_speaks_http_ends_at_once(answering: str) -> None:
+    with pytest.raises(ResourceError, match=f"no cluster answers at https://{answering}"):
+        Cluster(f"https://{answering}", patience_s=600, tell=pytest.fail)
+
+
+def test_what_the_cluster_refuses_is_told_at_once_and_not_tried_again(answering: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"at http://{answering} does not take the job: .*no such package"):
+        submit(tmp_path, commands.Wish(address=answering))
+
+
+def test_a_job_that_is_there_and_is_not_ends_the_patience(
+    answering: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Answers, "refusal", (400, "Job with submission_id bot-1 already exists."))
+    cluster = Cluster(answering, patience_s=0.5)
+    monkeypatch.setattr(commands, "Cluster", lambda *_, **__: cluster)
+    with pytest.raises(ResourceError, match="already exists"):
+        submit(tmp_path, commands.Wish(address=answering))
 
 
 def test_ids_tell_the_run_and_differ_by_key_and_number() -> None:

@@ -63,6 +63,18 @@ def test_what_is_no_variable_is_refused(entry: str) -> None:
         secrets.split([entry])
 
 
+@pytest.mark.parametrize("entry", ["FOO=env:", "FOO=file:"])
+def test_a_reference_to_nothing_is_refused(entry: str) -> None:
+    with pytest.raises(UsageError, match=f"--env {entry}: does not say of which"):
+        secrets.split([entry])
+
+
+@pytest.mark.parametrize("name", ["PATH", "PYTHONPATH", "PYTHONHOME", "LD_PRELOAD", "RAY_ADDRESS"])
+def test_what_the_nodes_need_themselves_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--env {name}: with another one the cluster's nodes could not start the job"):
+        secrets.split([f"{name}=/nonexistent"])
+
+
 def test_references_are_resolved_where_the_job_runs_and_hidden_in_what_it_says(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("from-file\n")
     found = secrets.resolve({"A": "env:B", "C": f"file:{tmp_path / 'key'}"}, {"B": "from-env"})
