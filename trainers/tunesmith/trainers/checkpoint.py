@@ -185,6 +185,8 @@ class CheckpointStore:
         if self._behind is not None:
             self._behind.files.is_given_up = True
         self._thread.shutdown()
+        if self._behind is not None:
+            self._behind.hold.close()
 
     def _final(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
