@@ -34,7 +34,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--saves", type=int, default=3)
     options.add_argument("--steps", type=int, default=4, help="optimizer steps of a round; a save follows the first")
-    options.add_argument("--max-length", type=int, default=512)
+    options.add_argument("--max-length", type=int, default=256)
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -171,7 +171,7 @@ def work(stage: Stage, rank: int, seen: dict[str, Any]) -> None:
         _Killer.armed = _Killer.armed and store._behind is not None
         if gate and step + 1 == stage.write_after:
             gate.open()
-        if stage.end_at == (rank, step + 1):
+        if stage.end_at and tuple(stage.end_at) == (rank, step + 1):
             os.kill(os.getpid(), signal.SIGKILL)
     store.settle()
     store.close()

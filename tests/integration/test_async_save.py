@@ -120,23 +120,20 @@ def test_an_attempt_that_was_overtaken_commits_nothing(stages: Stages, tmp_path:
     assert folders(tmp_path) == ["step-00000001"]
 
 
-def _leave_the_loop(folder: Path) -> None:
+def _leave_the_loop(folder: Path, stage: int) -> None:
     """Whole runs: one that never saves behind, one that does, and one that breaks off while it does and goes on."""
-    for stage in (0, 2, 3):
-        train = {"max_steps": 7, "save_steps": 2, "save_total_limit": 9}
-        settings = {"data": {"split": {"validation": 0}}, "cluster": zero(stage)}
-        written = {
-            name: recipe(
-                folder, f"{name}-{stage}", "llama", train={**train, "async_save": name != "waiting"}, **settings
-            )
-            for name in ("waiting", "behind", "broken")
-        }
-        trainer_here(folder, written["waiting"]).run()
-        trainer_here(folder, written["behind"]).run()
-        with pytest.raises(_Broken):
-            _broken_in_step(trainer_here(folder, written["broken"]), 6).run()
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
-        trainer_here(folder, written["broken"], attempt=2).run()
+    train = {"max_steps": 7, "save_steps": 2, "save_total_limit": 9}
+    settings = {"data": {"split": {"validation": 0}}, "cluster": zero(stage)}
+    written = {
+        name: recipe(folder, name, "llama", train={**train, "async_save": name != "waiting"}, **settings)
+        for name in ("waiting", "behind", "broken")
+    }
+    trainer_here(folder, written["waiting"]).run()
+    trainer_here(folder, written["behind"]).run()
+    with pytest.raises(_Broken):
+        _broken_in_step(trainer_here(folder, written["broken"]), 6).run()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+    trainer_here(folder, written["broken"], attempt=2).run()
 
 
 class _Broken(Exception):
@@ -154,20 +151,18 @@ def _broken_in_step(trainer: Trainer, step: int) -> Trainer:
 
 @pytest.mark.matrix
 @pytest.mark.timeout(600)
-def test_the_loop_saves_in_the_background_what_it_would_have_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_loop_saves_in_the_background_what_it_would_have_saved(tmp_path: Path, stage: int) -> None:
     make("llama", tmp_path / "llama")
     write_rows(tmp_path / "rows.jsonl")
-    run_workers(2, _leave_the_loop, tmp_path)
-    for stage in (0, 2, 3):
-        waiting, behind = (tmp_path / "runs" / f"{name}-{stage}" for name in ("waiting", "behind"))
-        for step in (2, 4, 6, 7):
-            saved = [run / "checkpoints" / f"step-{step:08d}" for run in (waiting, behind)]
-            first, second = (verify(path) for path in saved)
-            assert first.files == second.files
-            assert first.about["progress"] == second.about["progress"]
-        assert losses(tmp_path, f"waiting-{stage}") == losses(tmp_path, f"behind-{stage}")
-        assert losses(tmp_path, f"waiting-{stage}") == losses(tmp_path, f"broken-{stage}")
-        named = [line["checkpoint"] for line in read_metrics(behind / "metrics.jsonl") if "loss" in line]
-        assert named[:3] == [None, None, None if named[2] is None else 2]
-        assert {2, 4} <= set(named) <= {None, 2, 4, 6}
-        assert not list((tmp_path / "runs" / f"broken-{stage}" / "checkpoints").glob("*.tmp-*"))
+    run_workers(2, _leave_the_loop, tmp_path, stage)
+    waiting, behind, broken = (tmp_path / "runs" / name for name in ("waiting", "behind", "broken"))
+    for step in (2, 4, 6, 7):
+        first, second = (verify(run / "checkpoints" / f"step-{step:08d}") for run in (waiting, behind))
+        assert first.files == second.files
+        assert first.about["progress"] == second.about["progress"]
+    assert losses(tmp_path, "waiting") == losses(tmp_path, "behind") == losses(tmp_path, "broken")
+    named = [line["checkpoint"] for line in read_metrics(behind / "metrics.jsonl") if "loss" in line]
+    assert named[:2] == [None, None]
+    assert {2, 4} <= set(named) <= {None, 2, 4, 6}
+    assert not list((broken / "checkpoints").glob("*.tmp-*"))

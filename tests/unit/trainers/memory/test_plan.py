@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_refused_with_changes_that_do() -> None:
 
 
 def test_saving_in_the_background_takes_the_memory_of_a_worker_on_cpus_or_of_the_host_of_a_gpu() -> None:
-    asked = recipe("HuggingFaceTB/SmolLM2-135M", cluster={"workers": 2, "zero": 2})
+    asked = recipe("HuggingFaceTB/SmolLM2-135M", data={"max_length": 128}, cluster={"workers": 2, "zero": 2})
     behind = changed(asked, {"train.async_save": True})
     model = geometry(asked.model.base, "runs")
 
