@@ -123,9 +123,8 @@ def test_an_attempt_that_was_overtaken_commits_nothing(stages: Stages, tmp_path:
 def _leave_the_loop(folder: Path, stage: int) -> None:
     """Whole runs: one that never saves behind, one that does, and one that breaks off while it does and goes on."""
     train = {"max_steps": 7, "save_steps": 2, "save_total_limit": 9}
-    settings = {"data": {"split": {"validation": 0}}, "cluster": zero(stage)}
     written = {
-        name: recipe(folder, name, "llama", train={**train, "async_save": name != "waiting"}, **settings)
+        name: recipe(folder, name, "llama", train={**train, "async_save": name != "waiting"}, cluster=zero(stage))
         for name in ("waiting", "behind", "broken")
     }
     trainer_here(folder, written["waiting"]).run()
