@@ -165,8 +165,8 @@ class Train(Section):
     async_save: bool = False
     """Saves at `save_steps` in the background: training waits only until each worker has copied its part of the checkpoint
     into host memory, and goes on while that is written. The last step, a stop and a new best model are saved while it waits.
-    A crash costs the time of writing more. The copy takes, in bytes a trained parameter, 12 shared among the workers, and under
-    ZeRO 1 and 2 the weights (2, in fp32 4) on the first worker; without ZeRO the first worker copies all 12."""
+    A crash costs the time of writing more. The copy takes, in bytes a trained parameter, 12 shared among the workers and, but
+    under ZeRO-3, the weights (2, in fp32 4) on the first worker; in fp32 without ZeRO all of 12 on the first worker."""
     early_stopping: EarlyStopping | None = None
     """Stops when the held-out loss no longer improves."""
     load_best_model_at_end: bool | None = None
