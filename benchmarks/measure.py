@@ -89,6 +89,18 @@ def comparison(
     }  # fmt: skip
 
 
+def figure(what: str, unit: str, figures: list[float], aim: str | None = None) -> dict[str, Any]:
+    """A line of what has no peer to be compared with.
+
+    Args:
+        what: the thing measured.
+        unit: of the figures.
+        figures: one each time it was measured.
+        aim: what it should reach, in words.
+    """
+    return {"what": what, "unit": unit, "rounds": len(figures), "aim": aim, "figure": spread(figures)}
+
+
 def assert_close(what: str, ours: float, theirs: float, tolerance: float) -> None:
     """Parity comes before any ratio.
 
@@ -107,7 +119,7 @@ def save(name: str, setting: str, parity: dict[str, Any], lines: list[dict[str, 
         name: of the benchmark.
         setting: what was run, in a sentence.
         parity: what was found equal, and how closely.
-        lines: from `comparison`, or with a `what` and figures of their own.
+        lines: from `comparison` or `figure`, or with a `what` and figures of their own.
     """
     report = {"name": name, "setting": setting, "machine": machine(), "parity": parity, "lines": lines}
     RESULTS.mkdir(exist_ok=True)

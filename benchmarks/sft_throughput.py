@@ -11,6 +11,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,69 @@ def masked_batch(packs: list[list[dict[str, list[int]]]], max_length: int) -> di
     return {"input_ids": tokens, "labels": labels, "position_ids": positions, "attention_mask": mask}
 
 
+class Contest:
+    """Ours and the peers on the same examples, each with its own copy of the same weights.
+
+    Attributes:
+        mean: tokens of an example.
+        per_step: examples that a padded batch needs for as many tokens as our step has.
+    """
+
+    def __init__(self, folder: Path, steps: int, max_length: int, rows: int) -> None:
+        workload.write_model(folder / "model")
+        workload.write_rows(folder / "rows.jsonl", 3000, max_length)
+        self.steps, self.max_length, self.rows = steps, max_length, rows
+        self.ours = Ours(folder, max_length, rows)
+        self.store = self.ours.trainer.data.train
+        self.mean = float(np.mean(self.store.lengths))
+        self.per_step = round(rows * max_length / self.mean)
+        base, scratch = folder / "model", folder / "scratch"
+        self.padded, self.masked = Padded(base, scratch), Masked(base, scratch)
+        self.trl, self.trl_packed = Trl(base, scratch), Trl(base, scratch)
+
+    def example(self, index: int, *keys: str) -> dict[str, list[int]]:
+        """These columns of an example."""
+        tokens, trained = self.store.example(index)
+        labels = np.where(trained, tokens, IGNORED)
+        columns = {
+            "input_ids": tokens.tolist(),
+            "labels": labels.tolist(),
+            "completion_mask": trained.astype(int).tolist(),
+        }
+        return {key: columns[key] for key in keys}
+
+    def arms(self, first: int, count: int, batch_size: int | None = None) -> dict[str, Callable[[], float]]:
+        """What trains our steps `first` and on, each in its own way; their answers are seconds.
+
+        Args:
+            batch_size: of the padded; None takes all examples at once.
+        """
+        by_step = self.ours.packs(first, count)
+        flat = [index for packs in by_step for pack in packs for index in pack]
+        plain = [self.example(index, "input_ids", "labels") for index in flat]
+        for row in plain:
+            row["attention_mask"] = [1] * len(row["input_ids"])
+        in_packs = [[self.example(i, "input_ids", "labels") for i in pack] for packs in by_step for pack in packs]
+        for_trl = [self.example(index, "input_ids", "completion_mask") for index in flat]
+        batch = batch_size or len(flat)
+        return {
+            "ours": lambda: self.ours.train(count),
+            "HF Trainer, padded": lambda: self.padded.train(plain, batch),
+            "HF Trainer, packed, 4-D mask": lambda: self.masked.train(in_packs, self.max_length, self.rows),
+            "TRL SFTTrainer, padded": lambda: self.trl.train(for_trl, self.max_length, batch, packing=False),
+            "TRL SFTTrainer, its packing": lambda: self.trl_packed.train(
+                for_trl, self.max_length, self.rows, packing=True
+            ),
+        }
+
+    def tokens_per_second(self, name: str, number: int) -> float:
+        """Of one arm in one round, which trains the steps of its number; padding is not counted."""
+        first = 1 + number * self.steps
+        packs = [pack for packs in self.ours.packs(first, self.steps) for pack in packs]
+        tokens = sum(int(self.store.lengths[index]) for pack in packs for index in pack)
+        return tokens / self.arms(first, self.steps, self.per_step)[name]()
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=4)
@@ -205,82 +269,34 @@ def main() -> None:
 
 def run(folder: Path, rounds: int, steps: int, max_length: int, rows: int) -> None:
     """Measures and writes the report."""
-    workload.write_model(folder / "model")
-    workload.write_rows(folder / "rows.jsonl", 3000, max_length)
-    ours = Ours(folder, max_length, rows)
-    store = ours.trainer.data.train
-    mean = float(np.mean(store.lengths))
-    per_step = round(rows * max_length / mean)  # examples a padded batch needs for as many tokens as our step has
-
-    def example(index: int) -> dict[str, list[int]]:
-        tokens, trained = store.example(index)
-        labels = np.where(trained, tokens, IGNORED)
-        return {
-            "input_ids": tokens.tolist(),
-            "labels": labels.tolist(),
-            "completion_mask": trained.astype(int).tolist(),
-        }
-
-    def only(index: int, *keys: str) -> dict[str, list[int]]:
-        return {key: value for key, value in example(index).items() if key in keys}
-
-    base, scratch = folder / "model", folder / "scratch"
-    padded, masked, trl, trl_packed = (
-        Padded(base, scratch),
-        Masked(base, scratch),
-        Trl(base, scratch),
-        Trl(base, scratch),
-    )
-
-    def train_all(first: int, count: int, batch_size: int | None) -> dict[str, Callable[[], float]]:
-        by_step = ours.packs(first, count)
-        flat = [index for packs in by_step for pack in packs for index in pack]
-        plain = [only(index, "input_ids", "labels") for index in flat]
-        for row in plain:
-            row["attention_mask"] = [1] * len(row["input_ids"])
-        in_packs = [[only(i, "input_ids", "labels") for i in pack] for packs in by_step for pack in packs]
-        for_trl = [only(index, "input_ids", "completion_mask") for index in flat]
-        batch = batch_size or len(flat)
-        return {
-            "ours": lambda: ours.train(count),
-            "HF Trainer, padded": lambda: padded.train(plain, batch),
-            "HF Trainer, packed, 4-D mask": lambda: masked.train(in_packs, max_length, rows),
-            "TRL SFTTrainer, padded": lambda: trl.train(for_trl, max_length, batch, packing=False),
-            "TRL SFTTrainer, its packing": lambda: trl_packed.train(for_trl, max_length, rows, packing=True),
-        }
-
-    for train in train_all(0, 1, None).values():  # warms up, too
+    contest = Contest(folder, steps, max_length, rows)
+    ours, masked = contest.ours, contest.masked
+    peers = {"padded": contest.padded, "4-D mask": masked, "TRL padded": contest.trl, "TRL packed": contest.trl_packed}
+    first_step = contest.arms(0, 1)
+    for train in first_step.values():  # warms up, too
         train()
-    for what, peer in (("padded", padded), ("4-D mask", masked), ("TRL padded", trl), ("TRL packed", trl_packed)):
+    for what, peer in peers.items():
         assert_close(f"loss of the first step, {what}", ours.losses[0], peer.losses[0], 1e-4)
 
-    def contestant(name: str) -> Callable[[int], float]:
-        def figure(number: int) -> float:
-            first = 1 + number * steps
-            tokens = sum(int(store.lengths[i]) for packs in ours.packs(first, steps) for pack in packs for i in pack)
-            return tokens / train_all(first, steps, per_step)[name]()
-
-        return figure
-
-    names = list(train_all(1, 1, per_step))
-    figures = in_turn({name: contestant(name) for name in names}, rounds)
+    figures = in_turn({name: partial(contest.tokens_per_second, name) for name in first_step}, rounds)
     gap = float(np.abs(np.array(ours.losses) - np.array(masked.losses)).max())
     assert_close("losses of all steps against the 4-D mask, largest gap", gap, 0.0, 2e-3)
 
     aims = {"HF Trainer, padded": "≥ 4", "HF Trainer, packed, 4-D mask": "≥ 1.25"}
-    share = float(store.trained_counts.sum() / store.lengths.sum())
+    lengths = contest.store.lengths
+    share = float(contest.store.trained_counts.sum() / lengths.sum())
     save(
         "sft_throughput",
         f"Supervised fine-tuning, one process, {torch.get_num_threads()} thread(s) (where it is one, time is CPU time), fp32, all weights: Llama of "
-        f"{sum(p.numel() for p in padded.model.parameters()) / 1e6:.0f}M parameters, vocabulary {workload.VOCABULARY}; "
-        f"examples of median {np.median(store.lengths):.0f}, mean {mean:.0f}, at most {max_length} tokens, "
-        f"{share:.0%} labels; about {rows * max_length} tokens a step ({per_step} examples where padded), {steps} steps a round.",
-        {"first loss": [ours.losses[0], padded.losses[0], masked.losses[0], trl.losses[0], trl_packed.losses[0]],
+        f"{sum(p.numel() for p in contest.padded.model.parameters()) / 1e6:.0f}M parameters, vocabulary {workload.VOCABULARY}; "
+        f"examples of median {np.median(lengths):.0f}, mean {contest.mean:.0f}, at most {max_length} tokens, "
+        f"{share:.0%} labels; about {rows * max_length} tokens a step ({contest.per_step} examples where padded), {steps} steps a round.",
+        {"first loss": [ours.losses[0], *(peer.losses[0] for peer in peers.values())],
          "largest gap to the 4-D mask over all steps": gap},
         [
             comparison("tokens a second, padding not counted", name, "tokens/s", figures["ours"], figures[name],
                        ratio="ours/peer", aim=aims.get(name))
-            for name in names if name != "ours"
+            for name in figures if name != "ours"
         ],
     )  # fmt: skip
 

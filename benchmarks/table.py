@@ -18,6 +18,7 @@ ORDER = (
     "serving",
     "fused_steps",
     "sweep",
+    "recovery",
     "scheduler",
 )
 ONLY = {"serving": "64 adapters"}
@@ -30,6 +31,10 @@ COMPARISONS = """\
 STALLS = """\
 | saving | share of time | a save costs | training stands still | checkpoint | a step |
 | --- | ---: | ---: | ---: | ---: | ---: |
+"""
+FIGURES = """\
+| | measured | times | aim |
+| --- | ---: | ---: | ---: |
 """
 
 
@@ -44,15 +49,16 @@ def main() -> None:
 
 
 def tables(reports: list[dict[str, Any]]) -> str:
-    """Both tables, then what was run and on what."""
+    """The tables, then what was run and on what."""
     lines = [line for report in reports for line in report["lines"] if ONLY.get(report["name"], "") in line["what"]]
     compared = "".join(compared_row(line) for line in lines if "ratio" in line)
     stalled = "".join(stall_row(line) for line in lines if "share" in line)
+    measured = "".join(figure_row(line) for line in lines if "figure" in line)
     settings = "".join(
         f"- `benchmarks/{report['name']}.py` (load {report['machine']['load_average']}): {report['setting']}\n"
         for report in reports
     )
-    return f"{COMPARISONS}{compared}\n{STALLS}{stalled}\n{footnote(reports)}\n\n{settings}"
+    return f"{COMPARISONS}{compared}\n{STALLS}{stalled}\n{FIGURES}{measured}\n{footnote(reports)}\n\n{settings}"
 
 
 def compared_row(line: dict[str, Any]) -> str:
@@ -74,6 +80,15 @@ def stall_row(line: dict[str, Any]) -> str:
         f"{line['stall_seconds']['median']:.2f} s", f"{line['checkpoint_mb']:.0f} MB", f"{line['step_seconds']['median']:.2f} s",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |\n"
+
+
+def figure_row(line: dict[str, Any]) -> str:
+    """A line of the third table: the median, and the lowest and highest."""
+    found, unit = line["figure"], line["unit"]
+    spread = "" if line["rounds"] == 1 else f" ({number(found['low'])}–{number(found['high'])})"
+    return (
+        f"| {line['what']} | **{number(found['median'])} {unit}**{spread} | {line['rounds']} | {line['aim'] or '–'} |\n"
+    )
 
 
 def number(value: float) -> str:

@@ -3,7 +3,8 @@
 A stage comes in as a line of JSON on stdin, its results go out as one on stdout. torch and DeepSpeed are imported once;
 for every stage the ranks are forked, join a gloo group, build an engine around a small model, train, save and resume,
 and write down what they saw. `kill_at: [rank, k]` ends a rank by SIGKILL just before its k-th operation on files (open
-for writing, write, fsync, mkdir, rename, unlink) during the save of `kill_step`, in the background or not.
+for writing, write, fsync, mkdir, rename, unlink) during the save of `kill_step`, in the background or not, or while it
+loads to resume.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Stage:
     load_afterwards: int | None = None  # a step to go back to in the same process, and train from again
     weight_decay: float = 0.01
     clipping: float = 0.5
+    elastic: bool = False
     kill_at: tuple[int, int] | None = None
+    kill_in: str = "save"  # save | load
     kill_step: int = 2
     fence_step: int | None = None  # just before this step is saved, a newer attempt begins
     seconds: float = 60.0
@@ -142,7 +145,8 @@ def work(stage: Stage, rank: int, seen: dict[str, Any]) -> None:
         run.create()
         run.begin_attempt()
     dist.barrier()
-    store = CheckpointStore(run.checkpoints, rank, stage.world, run.current_attempt(), run, stage.keep, patience_s=0)
+    attempt = run.current_attempt()
+    store = CheckpointStore(run.checkpoints, rank, stage.world, attempt, run, stage.keep, 0, stage.elastic)
     engine = build(stage)
     first = 0
     if stage.resume != "no":
@@ -150,7 +154,9 @@ def work(stage: Stage, rank: int, seen: dict[str, Any]) -> None:
         path = store.best() if stage.resume == "best" else newest[0] if newest else None
         seen["warnings"] = store.warnings
         if path is not None:
+            _Killer.armed = stage.kill_in == "load"
             first = store.load(engine, path)["step"]
+            _Killer.armed = False
             seen["resumed"] = first
     seen["decay"] = [group["weight_decay"] for group in engine.optimizer.param_groups]
     gate = _Gate(store) if stage.write_after else None
@@ -162,7 +168,7 @@ def work(stage: Stage, rank: int, seen: dict[str, Any]) -> None:
         if step + 1 == stage.fence_step and rank == 0:
             run.begin_attempt()
         if step + 1 in (*stage.save_at, *stage.behind_at) or store.owes_save:
-            _Killer.armed = step + 1 == stage.kill_step
+            _Killer.armed = stage.kill_in == "save" and step + 1 == stage.kill_step
             save = store.save_behind if step + 1 in stage.behind_at else store.save
             save(engine, step + 1, about, stage.metrics.get(str(step + 1)))
             seen["saved"].append(step + 1)

@@ -16,8 +16,9 @@ import pytest
 import small_runs
 
 from tunesmith.cluster import local
+from tunesmith.cluster.runstore import record_file
 
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 
 
 @contextmanager
@@ -65,6 +66,17 @@ def wait_until(condition: Callable[[], Any], what: str) -> Any:
 
 def wait_for_state(id: str, *states: str) -> dict[str, Any]:
     return wait_until(lambda: (job := jobs()[id])["state"] in states and job, f"{id} {' or '.join(states)}")
+
+
+def noted(run: Path, id: str) -> dict[str, Any]:
+    """What the job's driver has written into the run's folder; nothing while it has written nothing."""
+    record = record_file(run, id)
+    return json.loads(record.read_text()) if record.exists() else {"state": "", "why": ""}
+
+
+def node_ids(here: local.Local) -> list[str]:
+    """What Ray calls the nodes."""
+    return [json.loads(Path(one.spec.ready).read_text())["node_id"] for one in here.members]
 
 
 def small_job(folder: Path, base: Path, name: str, workers: int = 2, **train: Any) -> Path:

@@ -36,10 +36,14 @@ class RayNode:
                 start_new_session=True,
             )
         deadline = time.monotonic() + PATIENCE_S
-        while not Path(spec.ready).exists():
-            assert self.process.poll() is None, f"{spec.name} did not come up:\n{self.log.read_text()}"
-            assert time.monotonic() < deadline, f"waited {PATIENCE_S} s for {spec.name}:\n{self.log.read_text()}"
-            time.sleep(0.05)
+        try:
+            while not Path(spec.ready).exists():
+                assert self.process.poll() is None, f"{spec.name} did not come up:\n{self.log.read_text()}"
+                assert time.monotonic() < deadline, f"waited {PATIENCE_S} s for {spec.name}:\n{self.log.read_text()}"
+                time.sleep(0.05)
+        except BaseException:  # nobody else knows of the process yet
+            self.kill()
+            raise
 
     def kill(self) -> None:
         """Takes the machine away without grace."""
@@ -90,6 +94,14 @@ class RayCluster:
         """Starts a node."""
         self.nodes.append(RayNode(self._spec(f"node-{len(self.nodes)}", cpus=1), self.environment))
         return self.nodes[-1]
+
+    def drain(self, node_id: str, within_s: int) -> None:
+        """Announces that a node is to be taken away after so many seconds, as a cloud does before it preempts one."""
+        command = [
+            str(Path(sys.executable).with_name("ray")), "drain-node", "--address", self.address, "--node-id", node_id, "--reason",
+            "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", str(within_s),
+        ]  # fmt: skip
+        subprocess.run(command, env=self.environment, check=True, capture_output=True)
 
     def _spec(self, name: str, cpus: int) -> NodeSpec:
         ready = str(self.folder / f"{name}.ready")

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from tunesmith.cluster.metrics import read_metrics
@@ -114,6 +116,21 @@ def worker_pid(run: Path, rank: int) -> int:
     return json.loads((run / "control" / f"rank-{rank}.json").read_text())["pid"]
 
 
+@contextmanager
+def frozen(*runs: Path) -> Iterator[None]:
+    """The workers of these runs stand still within the block: they train nothing meanwhile, however long it takes."""
+    pids = [json.loads(path.read_text())["pid"] for run in runs for path in (run / "control").glob("rank-*.json")]
+    assert pids, f"no workers in {runs}"
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
 def kill_worker(run: Path, rank: int) -> None:
     os.kill(worker_pid(run, rank), 9)
 
@@ -138,6 +155,16 @@ def processes_below(pid: int) -> list[int]:
         int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
     ]
     return [found for child in children for found in (child, *processes_below(child))]
+
+
+def listening(pids: list[int]) -> list[str]:
+    """Addresses on which any of these processes accepts connections."""
+    return [
+        connection.laddr.ip
+        for pid in pids
+        for connection in psutil.Process(pid).net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
 
 
 def wait_for_end_of(pids: list[int], patience_s: float = 30) -> None:

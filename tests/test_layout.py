@@ -22,7 +22,7 @@ COMMAND_GROUPS = ("tunesmith.serving", "tunesmith.serving.commands")  # names an
 HOMES = {
     "deepspeed": {"engine", "checkpoint_files", "export", "reshard"},
     "ray": {
-        *("deployment", "doctor.census", "fit", "lean", "rendezvous", "service"),
+        *("deployment", "doctor.census", "fit", "lean", "ray_nodes", "rendezvous", "service"),
         *("jobs.client", "jobs.desk", "jobs.driver", "local_node"),
         *("fused.seats", "fused.training", "isolated", "logical", "running", "scheduling", "search", "trainers"),
     },

@@ -10,17 +10,26 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessContext, start_processes
 
 
 def run_workers(world: int, function: Callable[..., Any], *arguments: Any) -> None:
-    """Calls `function(*arguments)` on `world` processes that share a process group; raises what one raises.
+    """Calls `function(*arguments)` on `world` processes that share a process group; raises what one raises."""
+    group = start_workers(world, function, *arguments)
+    while not group.join():
+        pass
+
+
+def start_workers(world: int, function: Callable[..., Any], *arguments: Any) -> ProcessContext:
+    """As `run_workers`, and does not wait for them.
 
     The processes are forked from a server that has imported everything once: importing costs more than most tests.
     """
     multiprocessing.set_forkserver_preload(["tunesmith.trainers.loop", "tunesmith.trainers.data.build"])
     arguments_of_worker = (world, _free_port(), function, arguments)
-    mp.start_processes(_worker, arguments_of_worker, nprocs=world, start_method="forkserver")  # pyright: ignore[reportPrivateImportUsage]
+    context = start_processes(_worker, arguments_of_worker, nprocs=world, join=False, start_method="forkserver")
+    assert context is not None
+    return context
 
 
 def _worker(rank: int, world: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

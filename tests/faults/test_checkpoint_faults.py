@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +62,36 @@ def test_so_does_a_kill_while_it_is_written_in_the_background(
     killed: int,
 ) -> None:
     _kill_at_every_step(stages, tmp_path, killed=killed, behind=True, world=2, zero=zero)
+
+
+@pytest.mark.parametrize(
+    ("zero", "wrote", "reads"), [(2, 1, 2), *(pytest.param(zero, 2, 1, marks=pytest.mark.matrix) for zero in (1, 3))]
+)
+def test_a_kill_while_shards_are_cut_anew_leaves_a_whole_checkpoint_and_nothing_else(
+    stages: Stages,  # noqa: F811
+    tmp_path: Path,
+    zero: int,
+    wrote: int,
+    reads: int,
+) -> None:
+    """Kills the rank that converts at its first operation on files, its 31st and so on, and resumes without a save."""
+    stages.run(tmp_path / "made", 2, save_at=[1, 2], world=wrote, zero=zero)
+    resuming = {"world": reads, "zero": zero, "elastic": True, "resume": "newest"}
+    whole = stages.run(shutil.copytree(tmp_path / "made", tmp_path / "whole"), 4, **resuming)
+    were_left = 0
+    for k in range(1, 2000, 30):
+        run = shutil.copytree(tmp_path / "made", tmp_path / str(k))
+        ranks = stages.run(run, 4, **resuming, kill_in="load", kill_at=[0, k])
+        if "killed" not in ranks[0]:
+            assert were_left >= 2, "too few kills came in the middle of a conversion"
+            return
+        were_left += any(name.startswith("converted.tmp-") for name in folders(run))
+        verify(run / "checkpoints" / "step-00000002")
+        for rank, unbroken in zip(stages.run(run, 4, **resuming), whole, strict=True):
+            assert (k, rank["resumed"], rank["warnings"]) == (k, 2, [])
+            assert (rank["losses"], rank["weights"]) == (unbroken["losses"], unbroken["weights"])
+        assert folders(run) == ["step-00000001", "step-00000002"], f"leftovers after k={k}"
+    pytest.fail("the conversion never ended")
 
 
 def _truncate(path: Path) -> None:

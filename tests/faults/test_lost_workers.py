@@ -188,7 +188,7 @@ def test_a_worker_that_is_stopped_is_noticed_named_and_replaced(
     log = (run / "log.txt").read_text()
     assert "=== the attempt hangs" in log
     assert f"rank {1 - rank} (process" in log
-    assert "is ended because the attempt hangs; its threads" in log
+    assert "is ended because the attempt is given up; its threads" in log
     assert log.count("loop.py") > 1, "both ranks' stacks"
     assert not small_runs.is_alive(pid)
     assert_the_same_run(run, unbroken)
@@ -286,6 +286,9 @@ def test_when_the_command_is_killed_ray_and_the_workers_end_too(bench: Bench, st
     command.wait_for_step(run, 2)
     begun = small_runs.processes_below(command.process.pid)
     assert set(begun) >= {small_runs.worker_pid(run, rank) for rank in (0, 1)}
+    addresses = set(small_runs.listening(begun))
+    assert addresses <= {"127.0.0.1", "::ffff:127.0.0.1"}, "nobody else may reach the run"
+    assert addresses
     command.signal_group(signal.SIGKILL)
     command.finish()
     small_runs.wait_for_end_of(begun, patience_s=300)  # two agents of Ray's notice after a minute and a half

@@ -21,10 +21,11 @@ from serving_service import QUESTION, Service, free_port, processes, serving
 
 from tunesmith.cluster.session import RaySession
 
-REPLICA, DESK, GATEWAY = (
+REPLICA, DESK, GATEWAY, PROXY = (
     "ray::ServeReplica:tunesmith:engine-tiny",
     "ray::DeskActor",
     "ray::ServeReplica:tunesmith:gateway",
+    "ray::ProxyActor",
 )
 DEADLINE_S = 4.0
 LONG = {"model": "narrow", "messages": QUESTION, "max_tokens": 1900, "ignore_eos": True}
@@ -153,6 +154,15 @@ def test_a_killed_desk_is_noticed_by_nobody(service: Service) -> None:
     assert load.broken == []
     assert service.registry.read() == before
     assert_versions_in_order(load.outcomes)
+
+
+@pytest.mark.matrix
+def test_a_killed_proxy_is_replaced_in_seconds(service: Service) -> None:
+    (victim,) = processes(PROXY)
+    victim.kill()
+    killed = time.monotonic()
+    wait_until(service.is_ready, 60)
+    assert time.monotonic() - killed < 15
 
 
 def test_a_client_that_leaves_gives_its_slot_back_within_a_second(service: Service) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cluster_here
@@ -18,12 +20,43 @@ from cluster_here import jobs, small_job, told, tunesmith, wait_for_state, wait_
 from tunesmith.cluster import local
 from tunesmith.cluster.local import Local
 from tunesmith.cluster.runs import RunFolder
+from tunesmith.cluster.runstore import log_file
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
     with cluster_here.cluster_here(tmp_path_factory.mktemp("state")) as known:
         yield known
+
+
+class Started:
+    """A `tunesmith` command that goes on meanwhile; what it prints goes to files."""
+
+    def __init__(self, *arguments: str, folder: Path) -> None:
+        folder.mkdir()
+        self._out, self._said = folder / "stdout", folder / "stderr"
+        with self._out.open("w") as out, self._said.open("w") as said:
+            command = [sys.executable, "-m", "tunesmith.cluster.main", *arguments]
+            self._process = subprocess.Popen(command, stdout=out, stderr=said)
+
+    @property
+    def stdout(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._said.read_text()
+
+    def finish(self) -> str:
+        """All that it has printed, once it has ended well."""
+        assert self._process.wait(cluster_here.PATIENCE_S) == 0, self.stderr
+        return self.stdout
+
+
+def submitted(folder: Path, base: Path, name: str) -> tuple[Path, RunFolder, str]:
+    """A job: its recipe, the folder of its run, and its id."""
+    recipe = small_job(folder, base, name, epochs=5)
+    return recipe, RunFolder(folder / "runs" / name), told("submit", str(recipe))["id"]
 
 
 def kill_head() -> None:
@@ -56,19 +89,17 @@ def driver_pid(here: Local) -> int:
 def test_a_killed_head_loses_a_job_that_says_so_and_goes_on_and_submissions_meanwhile_are_one_run(
     here: Local, tmp_path: Path, tiny_base: Path
 ) -> None:
-    recipe = small_job(tmp_path, tiny_base, "beheaded", epochs=20)
-    run = RunFolder(tmp_path / "runs" / "beheaded")
-    first = told("submit", str(recipe))["id"]
+    recipe, run, first = submitted(tmp_path, tiny_base, "beheaded")
     wait_until(lambda: run.newest_step() >= 3, "a checkpoint")
-    kill_head()
+    with small_runs.frozen(run.root):
+        kill_head()
     assert jobs()[first]["why"].endswith("the cluster does not answer now")
     saved = run.newest_step()
 
-    with ThreadPoolExecutor(6) as pool:
-        submitted = [pool.submit(told, "submit", str(recipe)) for _ in range(6)]
-        time.sleep(2)
-        bring_back(here)
-        answers = [one.result() for one in submitted]
+    submitting = [Started("submit", str(recipe), "--json", folder=tmp_path / f"submit-{at}") for at in range(6)]
+    wait_until(lambda: all("does not answer; trying" in one.stderr for one in submitting), "submission that waits")
+    bring_back(here)
+    answers = [json.loads(one.finish()) for one in submitting]
     assert len({one["id"] for one in answers}) == 1
     second = answers[0]
     assert (second["number"], [one["new"] for one in answers].count(True)) == (2, 1)
@@ -86,12 +117,11 @@ def test_a_killed_head_loses_a_job_that_says_so_and_goes_on_and_submissions_mean
 def test_a_killed_driver_ends_its_job_and_leaves_no_worker_and_the_next_goes_on(
     here: Local, tmp_path: Path, tiny_base: Path
 ) -> None:
-    recipe = small_job(tmp_path, tiny_base, "shot", epochs=20)
-    run = RunFolder(tmp_path / "runs" / "shot")
-    first = told("submit", str(recipe))["id"]
+    recipe, run, first = submitted(tmp_path, tiny_base, "shot")
     wait_until(lambda: small_runs.last_step(run.root) >= 4, "step 4")
-    workers = [small_runs.worker_pid(run.root, rank) for rank in (0, 1)]
-    os.kill(driver_pid(here), signal.SIGKILL)
+    with small_runs.frozen(run.root):
+        workers = [small_runs.worker_pid(run.root, rank) for rank in (0, 1)]
+        os.kill(driver_pid(here), signal.SIGKILL)
     assert wait_for_state(first, "failed", "lost")
     small_runs.wait_for_end_of(workers, patience_s=120)
     second = told("submit", str(recipe))
@@ -104,16 +134,12 @@ def test_a_killed_driver_ends_its_job_and_leaves_no_worker_and_the_next_goes_on(
 def test_following_a_log_goes_on_through_a_restart_of_the_head_and_nothing_is_said_twice(
     here: Local, tmp_path: Path, tiny_base: Path
 ) -> None:
-    recipe = small_job(tmp_path, tiny_base, "told", epochs=20)
-    first = told("submit", str(recipe))["id"]
-    wait_until(lambda: small_runs.last_step(tmp_path / "runs" / "told") >= 2, "step 2")
-    with ThreadPoolExecutor(1) as pool:
-        followed = pool.submit(tunesmith, "logs", "-f", first)
-        time.sleep(4)
+    _, run, first = submitted(tmp_path, tiny_base, "told")
+    wait_until(lambda: small_runs.last_step(run.root) >= 2, "step 2")
+    with small_runs.frozen(run.root):
+        followed = Started("logs", "-f", first, folder=tmp_path / "followed")
+        wait_until(lambda: "has its workers" in followed.stdout, "word of the job")
         kill_head()
-        bring_back(here)
-        done = followed.result()
-    assert done.returncode == 0, done.stderr
+    bring_back(here)
+    assert followed.finish() == log_file(run.root, first).read_text()
     assert jobs()[first]["state"] == "lost"
-    kept = (tmp_path / "runs" / "told" / "jobs" / f"{first}.log").read_text()
-    assert done.stdout == kept

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
+from tunesmith.cluster.doctor.census import Census
 from tunesmith.cluster.doctor.checks import findings
 from tunesmith.cluster.doctor.gather import gather
 from tunesmith.cluster.session import RaySession
@@ -40,6 +42,15 @@ def test_a_node_is_looked_at_by_a_process_of_its_own(ray_session: RaySession, tm
     assert {verdicts[check] for check in ("address", "python", "same versions", "storage", "listeners")} == {"ok"}
     assert verdicts["network"] == "skipped"
     assert not folder.exists(), "it leaves nothing behind"
+
+
+def test_a_node_that_goes_while_it_is_asked_is_silent_from_then_on(ray_session: RaySession, tmp_path: Path):
+    ray_session.nodes()
+    with Census() as census:
+        (name,) = (machine.name for machine in census.machines(["ray"], str(tmp_path)))
+        ray.kill(census._witnesses[name])
+        assert census.clocks() == []
+        assert list(census.silent) == [name]
 
 
 @contextlib.contextmanager

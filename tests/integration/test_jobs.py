@@ -11,12 +11,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import cluster_here
+import gathered_code
 import psutil
 import pytest
 import small_runs
-from cluster_here import jobs, small_job, told, tunesmith, wait_for_state, wait_until
+import sweeps
+from cluster_here import jobs, node_ids, noted, small_job, told, tunesmith, wait_for_state, wait_until
 
 from tunesmith.cluster.jobs import commands
+from tunesmith.cluster.jobs.versions import CODE
 from tunesmith.cluster.local import Local
 from tunesmith.cluster.runs import RunFolder
 
@@ -114,31 +117,38 @@ def test_a_higher_priority_takes_the_workers_and_the_lower_goes_on_where_it_save
     here: Local, bench: tuple[Path, Path]
 ) -> None:
     folder, base = bench
-    low = told("submit", str(small_job(folder, base, "low", epochs=30)))["id"]
-    wait_until(lambda: small_runs.last_step(folder / "runs/low") >= 4, "step 4")
-    high = told("submit", str(small_job(folder, base, "high")), "--priority", "5")["id"]
-    waiting = wait_for_state(high, "queued")
-    assert "fit now" in waiting["why"] or "looks at it" in waiting["why"]
+    run = folder / "runs/low"
+    low = told("submit", str(small_job(folder, base, "low", epochs=5)))["id"]
+    wait_until(lambda: small_runs.last_step(run) >= 4, "step 4")
+    with small_runs.frozen(run):
+        high = told("submit", str(small_job(folder, base, "high")), "--priority", "5")["id"]
+        wait_until(lambda: "0 of 2 workers of 1 CPU fit now" in noted(folder / "runs/high", high)["why"], "a reason")
+        wait_until(lambda: noted(run, low)["state"] == "saving", "preemption")
     wait_for_state(high, "succeeded")
     assert wait_for_state(low, "succeeded")["exit_code"] == 0
     texts = " | ".join(event["text"] for event in told("describe", low)["events"])
     assert f"is told to save: it makes room for {high}" in texts
-    assert "saved at step" in texts
-    assert RunFolder(folder / "runs/low").current_attempt() == 2
-    steps = [line[0] for line in small_runs.what_was_learned(folder / "runs/low") if line[1] is not None]
+    assert "has saved, and waits again: the newest checkpoint is step" in texts
+    assert RunFolder(run).current_attempt() == 2
+    steps = [line[0] for line in small_runs.what_was_learned(run) if line[1] is not None]
     assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.mark.matrix
 def test_a_stopped_job_has_saved_and_submitted_again_goes_on(here: Local, bench: tuple[Path, Path]) -> None:
     folder, base = bench
-    recipe = small_job(folder, base, "halted", epochs=20)
+    run = RunFolder(folder / "runs/halted")
+    recipe = small_job(folder, base, "halted", epochs=5)
     first = told("submit", str(recipe))["id"]
-    wait_until(lambda: small_runs.last_step(folder / "runs/halted") >= 4, "step 4")
-    stopped = told("stop", first)
+    wait_until(lambda: small_runs.last_step(run.root) >= 4, "step 4")
+    with ThreadPoolExecutor(1) as pool:
+        with small_runs.frozen(run.root):
+            stopping = pool.submit(told, "stop", first)
+            wait_until(run.stop_file.exists, "request to stop")
+        stopped = stopping.result()
     assert stopped["state"] == "stopped"
-    saved = RunFolder(folder / "runs/halted").newest_step()
-    assert saved == small_runs.last_step(folder / "runs/halted") >= 4
+    saved = run.newest_step()
+    assert saved == small_runs.last_step(run.root) >= 4
     again = told("submit", str(recipe))
     assert (again["number"], again["new"]) == (2, True)
     wait_for_state(again["id"], "succeeded")
@@ -151,7 +161,8 @@ def test_other_versions_end_a_job_with_what_differs_and_shipped_code_is_what_run
 ) -> None:
     folder, base = bench
     recipe = small_job(folder, base, "other")
-    monkeypatch.setattr(commands, "here", lambda: {**real(), "tunesmith's code": "0" * 12, "torch": "1.0"})
+    gather, real = commands.gather, commands.here
+    monkeypatch.setattr(commands, "here", lambda: {**real(), CODE: "0" * 12, "torch": "1.0"})
     commands.submit(recipe, [], commands.Wish(), as_json=True)
     (id,) = (one for one in jobs() if one.startswith("other-"))
     failed = wait_for_state(id, "failed")
@@ -159,21 +170,100 @@ def test_other_versions_end_a_job_with_what_differs_and_shipped_code_is_what_run
     said = tunesmith("logs", id).stdout
     assert "tunesmith's code: 000000000000 where it was submitted" in said
     assert "torch: 1.0 where it was submitted" in said
-    monkeypatch.setattr(commands, "here", real)
+
+    def changed(folder: Path) -> Path:
+        package = gather(folder)
+        with (package / "trainers" / "loop.py").open("a") as module:
+            module.write('\nprint("the code that was sent", flush=True)\n')
+        return package
+
+    code = gathered_code.digest(changed(folder / "sent").parent)
+    assert code != real()[CODE]
+    monkeypatch.setattr(commands, "gather", changed)
+    monkeypatch.setattr(commands, "here", lambda: {**real(), CODE: code})
     commands.submit(recipe, ["train.max_steps=2", "train.epochs=null"], commands.Wish(ship_code=True), as_json=True)
     (second,) = (one for one in jobs() if one.startswith("other-") and one != id)
-    wait_for_state(second, "running", "succeeded")
-    paths = [path for pid in driver_pids(here) for path in Path(f"/proc/{pid}/environ").read_text().split("\0")]
-    assert any("py_modules_files" in path for path in paths if path.startswith("PYTHONPATH="))
-    wait_for_state(second, "succeeded")
+    wait_for_state(second, "succeeded")  # its driver has found the code that it was promised
+    assert "the code that was sent" in (folder / "runs/other/log.txt").read_text()
 
 
-real = commands.here
+@pytest.mark.matrix
+def test_workers_are_on_the_nodes_that_the_queue_has_chosen(
+    here: Local, bench: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, base = bench
+    both = told("submit", str(small_job(folder, base, "both", epochs=20)))["id"]
+    wait_until(lambda: small_runs.last_step(folder / "runs/both") >= 1, "step 1")
+    with small_runs.frozen(folder / "runs/both"):
+        below = [pid for one in here.members for pid in small_runs.processes_below(one.pid)]
+        said = {word for pid in below for word in psutil.Process(pid).cmdline() if word.startswith("--place=")}
+    assert said == {f"--place={id}=1" for id in node_ids(here)}
+    told("stop", both)
+
+    monkeypatch.setenv("RAY_ADDRESS", here.address)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(here.token_file))
+    for member, id in zip(here.members, node_ids(here), strict=True):
+        name = f"on-{member.spec.name}"
+        run = folder / "runs" / name
+        command = small_runs.Command(small_job(folder, base, name, workers=1, epochs=100), f"--place={id}=1")
+        command.wait_for_step(run, 1)
+        with small_runs.frozen(run):
+            assert small_runs.worker_pid(run, 0) in small_runs.processes_below(member.pid)
+            command.process.terminate()
+        assert command.finish()[0] == 75
 
 
-def driver_pids(here: Local) -> list[int]:
-    below = small_runs.processes_below(here.members[0].pid)
-    return [pid for pid in below if "jobs.driver" in " ".join(psutil.Process(pid).cmdline())]
+@pytest.mark.matrix
+def test_a_sweep_is_one_job_of_its_whole_size_that_makes_room_and_ends_with_its_winner(
+    here: Local, bench: tuple[Path, Path]
+) -> None:
+    folder, base = bench
+    tune = {"execution": "isolated", "trials": 2, "concurrent": 2, "reports": 4}
+    written = sweeps.sweep_recipe(sweeps.with_base_and_rows(folder), "search", {"max_steps": 120}, **tune)
+    recipe = small_runs.write_recipe(folder, written)
+    search = told("submit", str(recipe))["id"]
+    run = folder / "runs/search"
+    wait_until(lambda: list(run.glob("trials/*/reports.jsonl")), "report of a trial")
+    with small_runs.frozen(*(path.parent for path in run.glob("trials/*/run-*/control"))):
+        high = told("submit", str(small_job(folder, base, "urgent", workers=1)), "--priority", "5")["id"]
+        wait_until(lambda: noted(run, search)["state"] == "saving", "preemption")
+    wait_for_state(high, "succeeded")
+    assert wait_for_state(search, "succeeded")["exit_code"] == 0
+
+    described = told("describe", search)
+    assert (described["kind"], described["trials"], described["trials_ended"]) == ("sweep", 2, 2)
+    texts = " | ".join(event["text"] for event in described["events"])
+    assert "has its workers: 2 workers of 1 CPU" in texts
+    assert f"is told to save: it makes room for {high}" in texts
+    assert "has saved, and waits again: of its trials 2 were begun, and 0 of these have ended" in texts
+    assert "going on with search: 2 trials with" in tunesmith("logs", search).stdout
+    assert told("artifacts", "search")["whole"]
+    assert {one["state"] for one in sweeps.results(folder, "search")["trials"]} == {"finished"}
+
+
+@pytest.mark.matrix
+def test_a_sweep_whose_trials_share_a_base_is_stopped_and_goes_on_and_one_that_cannot_begin_says_why(
+    here: Local, tmp_path: Path
+) -> None:
+    written = sweeps.sweep_recipe(sweeps.with_base_and_rows(tmp_path), "shared", concurrent=2, trials=500)
+    recipe = small_runs.write_recipe(tmp_path, written)
+    wrong = told("submit", str(recipe), "--set", "tune.metric=accuracy", "--set", "name=wrong")["id"]
+    first = told("submit", str(recipe))["id"]
+    wait_until(lambda: RunFolder(tmp_path / "runs/shared").trials()[1], "trial that has ended")
+    stopped = told("stop", first)
+    assert (stopped["state"], stopped["exit_code"]) == ("stopped", 75)
+    assert tunesmith("artifacts", first).returncode == 2
+    again = told("submit", str(recipe))
+    assert (again["number"], again["new"]) == (2, True)
+    ended = told("describe", first)["trials_ended"]
+    wait_until(lambda: RunFolder(tmp_path / "runs/shared").trials()[1] > ended, "further trials")
+    told("stop", again["id"])
+    assert "going on with shared" in tunesmith("logs", again["id"]).stdout
+    assert "has its workers: 1 worker of 1 CPU" in tunesmith("logs", again["id"]).stdout
+
+    assert wait_for_state(wrong, "failed")["exit_code"] == 2
+    assert "no trial reports 'accuracy'" in tunesmith("logs", wrong).stdout
 
 
 def token(here: Local) -> str:

@@ -75,6 +75,13 @@ def test_the_same_command_again_trains_nothing(folder: Path, searched: dict[str,
     assert (folder / "runs" / "searched" / "trials" / "0001" / "reports.jsonl").read_bytes() == lines
 
 
+def test_a_dry_run_says_what_the_trials_would_take_and_leaves_nothing(folder: Path, ray_session: RaySession) -> None:
+    planned = sweep.plan(loaded(sweep_recipe(folder, "dry", execution="isolated", concurrent=1)))
+    assert (planned["execution"], planned["trials"], planned["trials_on_record"]) == ("isolated", 6, 0)
+    assert (planned["concurrent"], planned["need"]["workers"], planned["need"]["cpus"]) == (1, 1, 1)
+    assert not (folder / "runs" / "dry").exists()
+
+
 def test_a_population_exchanges_weights_and_says_so(folder: Path, ray_session: RaySession) -> None:
     space = {"train.learning_rate": {"loguniform": [1e-5, 3e-2]}, "adaptation.rank": {"choice": [4, 8]}}
     sweep.run(loaded(sweep_recipe(folder, "population", space=space, scheduler="pbt", trials=4, grace=2)))

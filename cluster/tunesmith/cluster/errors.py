@@ -50,12 +50,20 @@ class ResourceError(UsageError):
     """The cluster has fewer GPUs, CPUs or bytes than the recipe asks for."""
 
 
+class LostHeadError(ResourceError):
+    """The head of the cluster that was joined does not answer."""
+
+
 class FleetError(UsageError):
     """A fleet names no known GPU, has an impossible shape, or its file has a mistake."""
 
 
 class ServeConfigError(UsageError):
     """A key of a serving configuration is misspelt, of a wrong type or contradictory."""
+
+
+class ServeError(TunesmithError):
+    """A part of the service does not start."""
 
 
 class AdapterError(UsageError):

@@ -154,7 +154,8 @@ def end(members: Sequence[Member]) -> None:
     """Ends nodes: asks them all, waits, then ends what is left of their process groups."""
     living = [one for one in members if one.alive]
     for one in living:
-        os.kill(one.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(one.pid, signal.SIGTERM)
     deadline = time.monotonic() + END_PATIENCE_S
     while any(one.alive for one in living) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -208,12 +209,17 @@ def _start(known: Local, spec: NodeSpec) -> Member:
         )
     member = Member(spec, process.pid, psutil.Process(process.pid).create_time())
     deadline = time.monotonic() + START_PATIENCE_S
-    while not ready.exists():
-        if process.poll() is not None or time.monotonic() > deadline:
-            end([member])
-            last = log.read_text(errors="replace").strip().splitlines()[-5:]
-            raise ResourceError(f"node {spec.name} did not come up: " + "\n".join(last), f"All it said is in {log}.")
-        time.sleep(0.05)
+    try:
+        while not ready.exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                last = log.read_text(errors="replace").strip().splitlines()[-5:]
+                raise ResourceError(
+                    f"node {spec.name} did not come up: " + "\n".join(last), f"All it said is in {log}."
+                )
+            time.sleep(0.05)
+    except BaseException:  # Ctrl-C too: nobody else knows of the process yet
+        end([member])
+        raise
     return member
 
 

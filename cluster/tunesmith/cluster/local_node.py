@@ -53,9 +53,9 @@ def main(spec: NodeSpec) -> int:
 
     for service in UNUSED_SERVICES:
         setattr(Node, service, _leave_out)
-    ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
     node = Node(_parameters(spec), head=spec.head, shutdown_at_exit=True, spawn_reaper=True)
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())  # in place of Ray's own, which drains the node first
     write_ray_address(node.gcs_address, spec.folder)  # else jobs look for a cluster, and find any that runs here
     Path(spec.ready).write_text(json.dumps({"node_id": node.node_id, "gcs": node.gcs_address}))
     dead = []

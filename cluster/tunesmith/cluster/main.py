@@ -61,7 +61,7 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
 
         space.check(checked)
         kinds += f", a search of {', '.join(checked.tune.space)}"
-        further = "`tunesmith sweep` also checks, before the first trial,"
+        further = "`tunesmith sweep --dry-run` also checks"
     if as_json:
         print_json({"valid": True, "recipe": resolved(checked)})
     else:
@@ -160,6 +160,10 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check model, data and resources, and stop there.")
     ] = False,
+    places: Annotated[
+        list[str] | None,
+        typer.Option("--place", metavar="NODE=WORKERS", hidden=True, help="Of the cluster, by Ray's id. Repeatable."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe, here or on the connected cluster. The same command again goes on where it stopped."""
@@ -178,7 +182,8 @@ def train(
             if as_json:
                 print_json(plan)
             return
-        result = launch.run(loaded, allow_change, display)
+        placed = {node: int(workers) for node, _, workers in (place.partition("=") for place in places or [])}
+        result = launch.run(loaded, allow_change, display, placed)
     if as_json:
         print_json(asdict(result))
         return
@@ -189,7 +194,14 @@ def train(
 
 
 @app.command()
-def sweep(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def sweep(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the search, the model, data and resources, and stop there.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Search a recipe's `tune` section, and write the winner as a recipe and a model. The same command goes on."""
     from dataclasses import asdict
 
@@ -201,6 +213,11 @@ def sweep(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fal
     with Display(stderr()) as display:
         from tunesmith.tuning import sweep as search
 
+        if dry_run:
+            plan = search.plan(loaded, display)
+            if as_json:
+                print_json(plan)
+            return
         result = search.run(loaded, display, stderr())
     if as_json:
         print_json(asdict(result))

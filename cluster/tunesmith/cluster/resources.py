@@ -44,6 +44,13 @@ class Need:
         asked = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory_gib * GIB}
         return {name: amount for name, amount in asked.items() if amount > 0}
 
+    def __str__(self) -> str:
+        """As in `4 workers of 1 GPU + 8 CPUs`."""
+        parts = [f"{self.gpus:g} GPU{'s' if self.gpus != 1 else ''}"] if self.gpus else []
+        parts += [f"{self.cpus:g} CPU{'s' if self.cpus != 1 else ''}"] if self.cpus else []
+        parts += [f"{self.memory_gib:g} GiB"] if self.memory_gib else []
+        return f"{self.workers} worker{'s' if self.workers != 1 else ''} of {' + '.join(parts) or 'nothing'}"
+
 
 def needs(cluster: Cluster, nodes: Sequence[Node]) -> Need:
     """What the recipe asks for on these nodes, with as many workers as it may have.

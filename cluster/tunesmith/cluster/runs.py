@@ -209,10 +209,9 @@ class RunFolder:
 
     def why_stopped(self, attempt: int) -> str:
         """` because …`, for a message; empty when somebody asked for it."""
-        try:
+        with contextlib.suppress(OSError):
             return f" because {self.attempt_stop_file(attempt).read_text()}"
-        except FileNotFoundError:
-            return ""
+        return ""
 
     def clear_stop(self) -> None:
         """Takes the request back."""
@@ -228,6 +227,11 @@ class RunFolder:
         """Step of the newest committed checkpoint by name, whole or not; 0 when there is none."""
         names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.checkpoints.glob("step-*"))
         return max((int(name[1]) for name in names if name), default=0)
+
+    def trials(self) -> tuple[int, int]:
+        """Of a sweep: trials that were begun, and how many of them have ended."""
+        begun, ended = (list(self.root.glob(f"trials/*/{name}")) for name in ("values.json", "ended.json"))
+        return len(begun), len(ended)
 
     def has_checkpoint(self) -> bool:
         """Whether any committed checkpoint is there, whole or not."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import JSON, ForeignKey, String, create_engine, event, select
@@ -68,6 +68,8 @@ class JobRecord(BaseModel):
     """Two submissions with one key are one job, while it lives."""
     number: int
     """The how-many-th job of this key, from 1: a run that was stopped or has failed goes on in a new job."""
+    kind: Literal["train", "sweep"] = "train"
+    """Which command it runs."""
     run: str
     """Name of the run."""
     folder: str
@@ -90,6 +92,8 @@ class JobRecord(BaseModel):
     heard_at: float = 0.0
     """When its driver last said anything."""
     exit_code: int | None = None
+    artifact: str = ""
+    """Where its model lies, when it has succeeded."""
 
     @property
     def ended(self) -> bool:
@@ -222,16 +226,25 @@ def records_of(output: Path) -> Iterable[JobRecord]:
             raise StorageError(f"{path}: not the record of a job: {unreadable}", "Move it away.") from unreadable
         folder = RunFolder(path.parent.parent)
         lives = time.time() - record.heard_at < HEARD_S
-        yield record if record.ended or lives else record.model_copy(update=_ending(folder))
+        yield record if record.ended or lives else record.model_copy(update=_ending(record, folder))
 
 
-def _ending(folder: RunFolder) -> dict[str, Any]:
+def how_far(record: JobRecord) -> str:
+    """What a job's run has on disk, in words."""
+    folder = RunFolder(Path(record.folder))
+    if record.kind == "sweep":
+        begun, ended = folder.trials()
+        return f"of its trials {begun} were begun, and {ended} of these have ended"
+    return f"the newest checkpoint is step {folder.newest_step()}"
+
+
+def _ending(record: JobRecord, folder: RunFolder) -> dict[str, Any]:
     """How a job has ended whose driver did not live to write it."""
     try:
         read_manifest(folder.artifact)
     except CheckpointError:
-        return {"state": "lost", "why": f"its driver is gone; the newest checkpoint is step {folder.newest_step()}"}
-    return {"state": "succeeded", "why": "its artifact is whole", "exit_code": 0}
+        return {"state": "lost", "why": f"its driver is gone; {how_far(record)}"}
+    return {"state": "succeeded", "why": "its artifact is whole", "exit_code": 0, "artifact": str(folder.artifact)}
 
 
 def _default_url() -> str:
@@ -241,11 +254,10 @@ def _default_url() -> str:
 
 
 def _prepare_sqlite(connection: Any, _: object) -> None:
-    connection.isolation_level = (
-        None  # transactions begin where we say, not at the first write: BEGIN IMMEDIATE never deadlocks
-    )
+    """No write-ahead log: it needs memory that all writers share, and home folders often lie on storage of several machines."""
+    # transactions begin where we say, not at the first write: BEGIN IMMEDIATE never deadlocks
+    connection.isolation_level = None
     connection.execute(f"PRAGMA busy_timeout = {BUSY_S * 1000}")
-    connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA foreign_keys = ON")
 
 

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from tunesmith.cluster.errors import ResourceError
+from tunesmith.cluster.ray_nodes import RayNode, cluster_id, joined_cluster_id, ray_nodes
 from tunesmith.cluster.resources import GIB, Node, this_machine
 
 OBJECT_STORE_BYTES = 80 * 2**20
@@ -88,6 +89,7 @@ class RaySession:
         """Begins to start or join Ray; once is enough."""
         if self._thread is None:
             self._set_environment()
+            self._ready, self._close, self._failure = threading.Event(), threading.Event(), None
             # Ray's processes ask the kernel to die with the thread that made them, so this thread stays until close().
             self._thread = threading.Thread(target=self._live, name="ray-session", daemon=True)
             self._thread.start()
@@ -98,6 +100,7 @@ class RaySession:
 
         Raises:
             ResourceError: Ray did not start, or no cluster answers at the address.
+            LostHeadError: the head of the cluster that was joined does not answer.
         """
         self.start()
         self._ready.wait()
@@ -109,20 +112,25 @@ class RaySession:
                 if self.address
                 else "",
             ) from self._failure
-        import ray
+        return [node.has(name) for node, name in self._named(ray_nodes())]
 
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        return self._described(alive, {node["NodeID"]: node["Resources"] for node in alive})
+    def staying_nodes(self) -> list[Node]:
+        """As `nodes`, without those that are about to be taken away.
+
+        Raises:
+            LostHeadError: the head does not answer.
+        """
+        self.nodes()
+        return [node.has(name) for node, name in self._named(ray_nodes()) if not node.is_draining]
 
     def free_nodes(self) -> list[Node]:
-        """As `nodes`, with what nobody uses now, and without those that are about to be taken away."""
-        self.nodes()
-        import ray
-        from ray._private.state import available_resources_per_node
+        """As `staying_nodes`, with what nobody uses now.
 
-        leaving = draining_nodes()
-        staying = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
-        return self._described(staying, available_resources_per_node())
+        Raises:
+            LostHeadError: the head does not answer.
+        """
+        self.nodes()
+        return [node.has_free(name) for node, name in self._named(ray_nodes()) if not node.is_draining]
 
     @property
     def head(self) -> str:
@@ -139,22 +147,12 @@ class RaySession:
 
     def is_same_cluster(self) -> bool:
         """Whether the head that answers knows what this process has joined; one that has forgotten it answers no request."""
-        from ray._private.worker import global_worker
-        from ray._raylet import GcsClient
+        return cluster_id(self.head) == joined_cluster_id()
 
-        return GcsClient(address=self.head).cluster_id.hex() == global_worker.gcs_client.cluster_id.hex()
-
-    def _described(self, nodes: list[dict[str, Any]], resources: dict[str, dict[str, float]]) -> list[Node]:
-        if self.local:
-            names = ["this machine"] if len(nodes) == 1 else [_shown(node) for node in nodes]
-            kinds = [""] * len(nodes)
-        else:
-            names = [_shown(node) for node in nodes]
-            kinds = [_gpu_kind(node["Resources"]) for node in nodes]
-        return [
-            _node(resources.get(node["NodeID"], {}), name, kind)
-            for node, name, kind in zip(nodes, names, kinds, strict=True)
-        ]
+    def _named(self, nodes: list[RayNode]) -> list[tuple[RayNode, str]]:
+        """Each with what a message calls it."""
+        alone = self.local and len(nodes) == 1
+        return [(node, "this machine" if alone else f"node {node.address}") for node in nodes]
 
     def close(self) -> None:
         """Ends the Ray that `start` began, or leaves the cluster it joined."""
@@ -164,9 +162,6 @@ class RaySession:
             # A Ray that is still starting is waited for, to end it; one that is being joined may never answer.
             self._thread.join(None if is_up else START_PATIENCE_S if self.local else 0)
             self._thread = None
-            self._ready.clear()
-            self._close.clear()
-            self._failure = None
         self._restore_environment()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -181,14 +176,14 @@ class RaySession:
         self.close()
 
     def _live(self) -> None:
-        ours = False
+        ready, close, ours = self._ready, self._close, False  # a later start has others
         try:
             with _CONNECTING:
                 ours = self._connect()
         except (Exception, SystemExit) as failure:  # noqa: BLE001 - handed to the caller of nodes()
             self._failure = failure
-        self._ready.set()
-        self._close.wait()
+        ready.set()
+        close.wait()
         if ours:
             import ray
 
@@ -264,43 +259,10 @@ class RaySession:
         self._saved_environment.clear()
 
 
-def live_nodes() -> list[Node]:
-    """The live nodes of the Ray that this process is connected to, named by Ray's ids."""
-    import ray
-
-    return [
-        _node(node["Resources"], node["NodeID"], _gpu_kind(node["Resources"])) for node in ray.nodes() if node["Alive"]
-    ]
-
-
-def _node(resources: dict[str, float], name: str, gpu_kind: str) -> Node:
-    memory_gib = resources.get("memory", 0) / GIB
-    return Node(resources.get("CPU", 0), resources.get("GPU", 0), memory_gib, name, gpu_kind)
-
-
-def _shown(described: dict[str, Any]) -> str:
-    return f"node {described['NodeManagerAddress']}"
-
-
-def draining_nodes() -> dict[str, float | None]:
-    """Nodes of the connected cluster that are about to be taken away: Ray's id of each, and when, in seconds since 1970."""
-    from ray._private.state import state
-
-    return {
-        node: deadline_ms / 1000 if deadline_ms else None for node, deadline_ms in state.get_draining_nodes().items()
-    }
-
-
 @functools.cache
 def _own_token() -> str:
     """One for all Rays that this process starts: Ray reads it once."""
     return secrets.token_hex(32)
-
-
-def _gpu_kind(resources: dict[str, float]) -> str:
-    """What Ray calls a node's accelerators: it announces a resource of that name."""
-    prefix = "accelerator_type:"
-    return next((name.removeprefix(prefix) for name in resources if name.startswith(prefix)), "unnamed")
 
 
 @contextlib.contextmanager

@@ -106,6 +106,10 @@ def admissible(artifact: Path, rules: Rules) -> dict[str, int]:
     Raises:
         AdapterError: names the file that may not enter, and what was expected.
     """
+    if (artifact / "config.json").is_file() and not (artifact / SETTINGS).is_file():
+        raise AdapterError(
+            f"{artifact}: a whole model, not an adapter", "Serve it as a base: bases.NAME.path of the configuration."
+        )
     found: dict[str, int] = {}
     total = 0
     for name, entry in _listed(artifact):
@@ -121,8 +125,7 @@ def admissible(artifact: Path, rules: Rules) -> dict[str, int]:
         raise AdapterError(f"{artifact}: {total:,} bytes together; at most {rules.max_bytes:,} may enter")
     for name in (SETTINGS, WEIGHTS):
         if name not in found:
-            other = " It looks like a whole model: name it as a base." if (artifact / "config.json").is_file() else ""
-            raise AdapterError(f"{artifact}: there is no {name}", f"Give a PEFT adapter's folder.{other}")
+            raise AdapterError(f"{artifact}: there is no {name}", "Give a PEFT adapter's folder.")
     return found
 
 

@@ -134,6 +134,11 @@ class Agent(Section):
     quorum: PositiveInt | None = None
     """Proposals of a layer that are enough; None waits for all until the deadline."""
 
+    @property
+    def members(self) -> list[Proposer]:
+        """All proposers and the aggregator."""
+        return [*(one for layer in self.layers for one in layer), *([self.aggregator] if self.aggregator else [])]
+
 
 class Limits(Section):
     """What one key may use; None is without a limit."""
@@ -187,10 +192,7 @@ class Serve(Section):
         if self.http.auth == "none" and self.http.host not in ("127.0.0.1", "localhost", "::1"):
             raise ValueError(f"http: auth none on {self.http.host} would let everyone in; take keys")
         for name, agent in self.agents.items():
-            members = [one for layer in agent.layers for one in layer] + (
-                [agent.aggregator] if agent.aggregator else []
-            )
-            for one in members:
+            for one in agent.members:
                 if one.endpoint is not None and one.endpoint not in self.endpoints:
                     known = ", ".join(self.endpoints) or "none"
                     raise ValueError(f"agents.{name}: it asks {one.endpoint}; the endpoints are: {known}")

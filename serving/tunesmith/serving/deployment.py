@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -13,10 +14,16 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 
 from tunesmith.cluster.base import BaseRef
+from tunesmith.cluster.errors import ServeError
 from tunesmith.serving.bases import RUNS, base_of
 from tunesmith.serving.config import Serve
 from tunesmith.serving.desk import capacity
 from tunesmith.serving.service import APPLICATION, DESK, NAMESPACE, SPARE, DeskActor, EngineReplica, GatewayReplica
+
+CONTROLLER_SETTINGS = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
+"""Serve replaces a proxy that has failed three checks in a row; by default it makes one in ten seconds."""
+LONGEST_REASON = 1000
+"""Characters of what a replica failed with."""
 
 
 def find_bases(config: Serve, output: Path) -> dict[str, BaseRef]:
@@ -49,12 +56,35 @@ def deploy(config: Serve, bases: dict[str, BaseRef]) -> None:
     """Starts the service on the Ray that this process is connected to, and waits until it answers.
 
     Raises:
-        RuntimeError: an engine does not start; the text is its own.
+        ServeError: an engine or the gateway does not start; with its own reason.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     gateway = application(config, bases)
-    serve.start(http_options={"host": config.http.host, "port": config.http.port})
-    serve.run(gateway, name=APPLICATION, route_prefix="/")
+    serve.start(
+        http_options={"host": config.http.host, "port": config.http.port},
+        controller_options={"runtime_env": {"env_vars": CONTROLLER_SETTINGS}},
+    )
+    try:
+        serve.run(gateway, name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        failed = {
+            name: one.message
+            for name, one in serve.status().applications[APPLICATION].deployments.items()
+            if one.status == "DEPLOY_FAILED"
+        }
+        if not failed:
+            raise
+        raise ServeError(
+            "\n".join(f"{name} does not start: {reason(text)}" for name, text in failed.items())
+        ) from error
+
+
+def reason(message: str) -> str:
+    """What a replica failed with, without the traceback that Serve puts before it."""
+    _, frame, last = message.rpartition('\n  File "')
+    lines = message.splitlines() if not frame else last.splitlines()[1:]  # the frame's own line goes
+    text = " ".join(itertools.dropwhile(lambda line: line.startswith("    "), lines))
+    return " ".join(text.split())[:LONGEST_REASON]
 
 
 def application(config: Serve, bases: dict[str, BaseRef]) -> Application:

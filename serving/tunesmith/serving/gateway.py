@@ -87,7 +87,7 @@ class Gateway:
 
     def app(self) -> FastAPI:
         """The application."""
-        app = FastAPI(title="Tunesmith", docs_url=None, redoc_url=None)
+        app = FastAPI(title="Tunesmith", docs_url=None, redoc_url=None, lifespan=self._living)
         app.exception_handler(RequestError)(_refused)
         app.exception_handler(Exception)(_failed)
         app.exception_handler(404)(_no_route)
@@ -109,6 +109,11 @@ class Gateway:
         app.delete("/admin/adapters/{name}/{what}")(self.remove)
         describe(app, BODIES)
         return app
+
+    @asynccontextmanager
+    async def _living(self, _app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await self._outside.close()
 
     async def chat(self, request: Request) -> Response:
         """A conversation goes on."""

@@ -45,7 +45,7 @@ class Outside:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._endpoints = dict(endpoints)
-        self._headers = {name: _headers(name, one, environ) for name, one in endpoints.items()}
+        self._headers = headers_of(endpoints, environ)
         self._client = httpx.AsyncClient(
             timeout=TIMEOUT,
             follow_redirects=False,
@@ -86,6 +86,15 @@ class Outside:
         if answer.finish is None:
             raise _wrong(endpoint, "ended its answer without saying why")
         yield answer.last()
+
+
+def headers_of(endpoints: Mapping[str, Endpoint], environ: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """What requests to each endpoint carry, its key among them.
+
+    Raises:
+        ServeConfigError: an endpoint's key is not in the environment.
+    """
+    return {name: _headers(name, one, environ) for name, one in endpoints.items()}
 
 
 class _Unusable(Exception):

@@ -30,7 +30,7 @@ from tunesmith.cluster.storage import (
     remove_leftovers,
     seal,
 )
-from tunesmith.serving.catalog import Catalog, Resolved, Version, as_state, check_name
+from tunesmith.serving.catalog import Catalog, Version, as_state, check_name
 from tunesmith.serving.checks import Rules, admissible, judged
 from tunesmith.serving.statelog import State, StateLog
 from tunesmith.serving.tensors import copy_bounded
@@ -65,10 +65,6 @@ class Registry:
         self._log = StateLog(root, "state")
         self._versions = open_versions(root)
 
-    def newest(self) -> int:
-        """A number that changes with every change: cheaper to ask than `read`."""
-        return self._log.newest()
-
     def read(self) -> tuple[int, Catalog]:
         """The generation and the catalog as they are now.
 
@@ -77,15 +73,6 @@ class Registry:
         """
         generation, state = self._log.read()
         return generation, _catalog(state)
-
-    def resolve(self, model: str, user: str | None = None, request: str = "") -> Resolved:
-        """What a client's model name means now; see `Catalog.resolve`.
-
-        Raises:
-            RegistryError: there is no such adapter, alias or version.
-        """
-        generation, catalog = self.read()
-        return catalog.resolve(generation, model, user, request)
 
     def add(
         self, name: str, artifact: Path, owner: str | None = None, alias: str | None = None, rules: Rules | None = None

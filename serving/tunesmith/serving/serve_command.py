@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,6 +18,7 @@ from tunesmith.cluster.errors import ResourceError, ServeConfigError
 from tunesmith.cluster.resources import Node
 from tunesmith.cluster.session import RaySession
 from tunesmith.serving.config import Serve, load_config
+from tunesmith.serving.outside import headers_of
 from tunesmith.serving.registry import Registry
 from tunesmith.serving.statelog import StateLog
 
@@ -32,7 +33,8 @@ def run(path: Path, as_json: bool) -> None:
     config = load_config(path)
     check(config)
     stop, up = threading.Event(), threading.Event()
-    with signals(stop, up), started(config) as url:
+    with signals(stop, up) as take, started(config) as url:
+        take()  # again: Ray's own handler of SIGTERM, which prints a stack, has come before it
         up.set()
         if as_json:
             print_json({"url": url, "models": names(config)})
@@ -54,6 +56,7 @@ def started(config: Serve, session: RaySession | None = None) -> Iterator[str]:
         nodes = ray_session.nodes()
         if ray_session.local:  # a cluster may be about to grow
             check_room(config, nodes)
+            headers_of(config.endpoints, os.environ)  # gateways here have this environment
         from tunesmith.serving import deployment
 
         output = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
@@ -73,7 +76,7 @@ def names(config: Serve) -> list[str]:
 
 
 def check(config: Serve) -> None:
-    """Refuses what would fail later, and names adapters that will not be served.
+    """Refuses what would fail later, and names what will not be served.
 
     Raises:
         ServeConfigError: the port is taken.
@@ -86,6 +89,15 @@ def check(config: Serve) -> None:
             "is not served; to reach it, give the base or mixture another name",
             "yellow",
         )
+    there = {*config.bases, *catalog.adapters}
+    for name, agent in config.agents.items():
+        asked = {one.model for one in agent.members if one.endpoint is None}
+        if missing := sorted(model for model in asked if model.partition("@")[0] not in there):
+            say(
+                stderr(),
+                f"agents.{name}: it asks {', '.join(missing)}: neither a base, nor an adapter of {config.registry} yet",
+                "yellow",
+            )
     with socket.socket(socket.AF_INET6 if ":" in config.http.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -118,8 +130,8 @@ def check_room(config: Serve, nodes: Sequence[Node]) -> None:
 
 
 @contextmanager
-def signals(stop: threading.Event, up: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM set the event; a second one ends the process at once.
+def signals(stop: threading.Event, up: threading.Event) -> Iterator[Callable[[], None]]:
+    """SIGINT and SIGTERM set the event; a second one ends the process at once. Yields what takes them over again.
 
     Args:
         up: whether the service runs; until then the first one interrupts what the block waits for.
@@ -134,9 +146,14 @@ def signals(stop: threading.Event, up: threading.Event) -> Iterator[None]:
         if not up.is_set():
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before: dict[int, Any] = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
+    def take() -> None:
+        for number in before:
+            signal.signal(number, told)
+
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    take()
     try:
-        yield
+        yield take
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -34,7 +34,7 @@ from tunesmith.serving.metrics import Report
 from tunesmith.serving.registry import Registry
 
 APPLICATION = "tunesmith"
-DESK, NAMESPACE = "tunesmith-desk", "tunesmith"
+DESK, NAMESPACE = "tunesmith-serving-desk", "tunesmith"
 HEARTBEAT_S = 2.0
 NEWS_S = 5.0
 """How often an engine's replica tells the desk what it has done."""
@@ -112,7 +112,7 @@ class EngineReplica:
         desk: Any = ray.get_actor(DESK, NAMESPACE)
         while True:
             await asyncio.sleep(NEWS_S)
-            if news := self._engine.diary.take():
+            if news := await self._engine.news():
                 found = {digest: await self._reference(digest) for digest in news.sketches}
                 desk.read_news.remote(base, news, {digest: one for digest, one in found.items() if one})
 
@@ -129,7 +129,7 @@ class EngineReplica:
 
 
 class DeskActor:
-    """The desk in an actor of its own: `tunesmith-desk`."""
+    """The desk in an actor of its own."""
 
     def __init__(self, config: dict[str, Any], digests: dict[str, str]) -> None:
         checked = Serve(**config)

@@ -42,10 +42,6 @@ class StateLog:
         self._store = open_store(root)
         self._name = name
 
-    def newest(self) -> int:
-        """The newest document's number, 0 when there is none: cheap to ask, and it changes with every change."""
-        return max(self._numbers(), default=0)
-
     def read(self) -> tuple[int, State]:
         """The newest readable state and its generation; `(0, {})` before the first.
 

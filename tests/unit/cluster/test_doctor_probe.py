@@ -63,6 +63,17 @@ def test_a_compiler_is_asked_to_compile(tmp_path: Path):
     assert probe.compile_extension("c++") == ""
 
 
+def test_what_hangs_is_a_finding_and_not_the_doctors_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hangs = tmp_path / "hangs"
+    hangs.write_text("#!/bin/sh\nexec sleep 60\n")
+    hangs.chmod(0o755)
+    monkeypatch.setattr(probe, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(probe, "TORCH_PATIENCE_S", 0.2)
+    monkeypatch.setattr(sys, "executable", str(hangs))
+    assert probe.compile_extension(str(hangs)) == "it has not compiled a small file within 0.2 s"
+    assert probe.ask_torch() == {"error": "no answer within 0.2 s"}
+
+
 @pytest.fixture
 def shared(tmp_path: Path) -> Iterator[Path]:
     """The output folder as the driver prepares it, with its lock held."""

@@ -64,6 +64,23 @@ def test_a_second_cluster_of_another_shape_is_refused_with_the_first_ones(tmp_pa
         local.up(3, 1, 0)
 
 
+def test_a_start_that_is_interrupted_leaves_no_process() -> None:
+    started: list[psutil.Process] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def interrupt(_: float) -> None:
+            patch.undo()
+            started.extend(psutil.Process().children())
+            raise KeyboardInterrupt
+
+        patch.setattr(local.time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            local.up(1, 1, 0)
+    assert len(started) == 1
+    assert psutil.wait_procs(started, timeout=1)[1] == []
+    assert local.find() is None
+
+
 def test_the_token_of_a_cluster_here_goes_to_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = a_cluster(tmp_path, [os.getpid()])
     assert local.token_for(known.dashboard) == "ours"

@@ -89,10 +89,22 @@ def test_it_is_made_anew_from_what_the_runs_tell(tmp_path: Path, url: str) -> No
         tmp_path, "alive-1", folder=str(tmp_path / "alive"), state="running", submitted_at=3, heard_at=time.time()
     )
     keep(alive)
+    search = record(
+        tmp_path, "search-1", folder=str(tmp_path / "search"), kind="sweep", state="running", submitted_at=4
+    )
+    keep(search)
+    for trial, files in (("0000", ["values.json", "ended.json"]), ("0001", ["values.json"])):
+        (tmp_path / "search" / "trials" / trial).mkdir(parents=True)
+        for file in files:
+            (tmp_path / "search" / "trials" / trial / file).write_text("{}")
     store = RunStore(url)
-    assert len(store.rebuild(tmp_path)) == 4
+    assert len(store.rebuild(tmp_path)) == 5
     assert store.rebuild(tmp_path) == []
-    stopped, whole, cut, running = store.jobs()
+    stopped, whole, cut, running, swept = store.jobs()
+    assert (swept.state, swept.why) == (
+        "lost",
+        "its driver is gone; of its trials 2 were begun, and 1 of these have ended",
+    )
     assert (stopped, running) == (ended, alive)
     assert (whole.state, whole.exit_code) == ("succeeded", 0)
     assert (cut.state, cut.why) == ("lost", "its driver is gone; the newest checkpoint is step 7")

@@ -100,6 +100,10 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     "a pickle in capitals": (text("state.PKL"), "may hold pickled Python"),
     "a pickle called safetensors": (text(WEIGHTS, b"\x80\x04\x95" + b"." * 80), "its header claims [0-9,]+ bytes"),
     "Python": (text("modeling.py", "import os"), r"'modeling\.py' may not enter"),
+    "a whole model": (
+        lambda folder: (folder / SETTINGS).rename(folder / "config.json"),
+        "a whole model, not an adapter\nServe it as a base",
+    ),
     "other weights": (text("model.safetensors"), r"'model\.safetensors' may not enter"),
     "a name with a backslash": (text("..\\evil.json", "{}"), "may not enter"),
     "a name with a line break": (text("a\nb.json", "{}"), "may not enter"),
@@ -230,7 +234,7 @@ def test_hostile_adapters_are_refused_and_nothing_is_written(tmp_path: Path, kin
         registry.add("support", folder, rules=RULES)
     assert time.monotonic() - began < 2
     assert [path for path in (tmp_path / "registry").rglob("*") if not path.is_dir() or "tmp" in path.name] == []
-    assert registry.newest() == 0
+    assert registry.read()[0] == 0
 
 
 def sign_again(folder: Path, **changed: Any) -> None:

@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
+from desk_backend import InProcess, desk
 
 from tunesmith.cluster.errors import RequestError, ServeConfigError
 from tunesmith.serving.config import Endpoint
 from tunesmith.serving.engines.protocol import Piece, Sampling
+from tunesmith.serving.gateway import Gateway
 from tunesmith.serving.outside import LONGEST_LINE, MOST_BYTES, Outside
 
 TALK = [{"role": "user", "content": "hi"}]
@@ -52,6 +55,23 @@ async def outside(answer: Answer) -> AsyncIterator[tuple[Outside, Server]]:
     finally:
         await client.close()
         listening.close()
+
+
+def test_connections_end_with_the_gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Outside] = []
+
+    async def close(client: Outside) -> None:
+        closed.append(client)
+
+    async def live() -> None:
+        at = desk(tmp_path, "ba5e" * 16)
+        app = Gateway(at.config, InProcess(at), "gateway").app()
+        async with app.router.lifespan_context(app):
+            assert closed == []
+        assert len(closed) == 1
+
+    monkeypatch.setattr(Outside, "close", close)
+    asyncio.run(live())
 
 
 def sends(raw: bytes) -> Answer:

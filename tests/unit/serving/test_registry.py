@@ -15,6 +15,7 @@ import tiny_adapters
 
 from tunesmith.cluster.artifacts import verify
 from tunesmith.cluster.errors import AdapterError, MovedError, RegistryError, StorageError
+from tunesmith.serving.catalog import Resolved
 from tunesmith.serving.checks import Rules
 from tunesmith.serving.registry import Registry
 
@@ -34,6 +35,11 @@ def _add(registry: Registry, folder: Path, seed: int, name: str = "support") -> 
     return registry.add(name, made if made.exists() else tiny_adapters.artifact(made, seed)).digest
 
 
+def _asked(registry: Registry, model: str, user: str | None = None) -> Resolved:
+    generation, catalog = registry.read()
+    return catalog.resolve(generation, model, user, "a request")
+
+
 def _files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
@@ -42,7 +48,7 @@ def test_the_first_version_of_a_name_is_what_the_name_means(registry: Registry, 
     added = registry.add("support", tiny_adapters.artifact(tmp_path / "a"))
     assert (added.aliases, added.generation, added.new) == (("prod",), 1, True)
     for model in ("support", "support@prod", f"support@{added.digest[:12]}", f"support@{added.digest}"):
-        resolved = registry.resolve(model)
+        resolved = _asked(registry, model)
         assert (resolved.digest, resolved.generation, resolved.base_digest) == (
             added.digest,
             1,
@@ -55,7 +61,7 @@ def test_a_version_is_named_by_its_content_wherever_it_comes_from(registry: Regi
     other = registry.add("two", tiny_adapters.artifact(tmp_path / "b", run="another run"))
     third = registry.add("two", tiny_adapters.artifact(tmp_path / "c", seed=1))
     assert one.digest == other.digest != third.digest
-    assert (third.aliases, registry.resolve("two").digest) == ((), one.digest), "later versions wait to be asked for"
+    assert (third.aliases, _asked(registry, "two").digest) == ((), one.digest), "later versions wait to be asked for"
 
 
 def test_adding_the_same_again_changes_nothing(registry: Registry, tmp_path: Path) -> None:
@@ -129,23 +135,23 @@ def test_moves_splits_and_rollbacks_are_read_by_a_registry_opened_later(registry
     registry.split("support", "canary", {one: 90, two: 10}, shadow=two)
     again = Registry(registry.root)
     assert again.read() == registry.read()
-    assert again.resolve("support").digest == two
-    chosen = [again.resolve("support@canary", f"user {n}") for n in range(300)]
+    assert _asked(again, "support").digest == two
+    chosen = [_asked(again, "support@canary", f"user {n}") for n in range(300)]
     assert {resolved.shadow for resolved in chosen} == {two}
     assert 10 <= sum(resolved.digest == two for resolved in chosen) <= 60
     again.rollback("support", "prod")
-    assert registry.resolve("support").digest == one
+    assert _asked(registry, "support").digest == one
     with pytest.raises(RegistryError, match="has led nowhere else"):
         registry.rollback("support", "prod")
 
 
 def test_a_move_from_what_is_no_longer_there_is_refused(registry: Registry, tmp_path: Path) -> None:
     one, two = _add(registry, tmp_path, 0), _add(registry, tmp_path, 1)
-    seen = registry.newest()
+    seen = registry.read()[0]
     registry.move("support", "prod", two, expected=seen)
     with pytest.raises(MovedError, match=f"generation {seen} was expected, and {seen + 1} is there"):
         registry.move("support", "prod", one, expected=seen)
-    assert registry.resolve("support").digest == two
+    assert _asked(registry, "support").digest == two
 
 
 def test_a_version_in_use_stays_and_one_that_nobody_has_goes_with_its_files(registry: Registry, tmp_path: Path) -> None:
@@ -236,7 +242,7 @@ def test_killed_in_the_middle_of_an_add_nothing_is_visible_and_the_next_one_work
     run = [sys.executable, "-c", code, local.root, str(tmp_path / "artifact-1")]
     assert subprocess.run(run, check=False).returncode == -9
     assert [version.digest for version in local.read()[1].adapter("support").versions] == [one]
-    assert local.resolve("support").digest == one
+    assert _asked(local, "support").digest == one
     for left in (Path(local.root) / "versions").glob("*.tmp-*"):
         os.utime(left, (0, 0))
     two = _add(local, tmp_path, 1)
@@ -260,7 +266,7 @@ def test_of_eight_processes_that_move_an_alias_each_move_follows_the_one_it_saw(
     local: Registry, tmp_path: Path
 ) -> None:
     digests = [_add(local, tmp_path, seed) for seed in range(3)]
-    began = local.newest()
+    began = local.read()[0]
     context = multiprocessing.get_context("fork")
     racers = [context.Process(target=_move_often, args=(local.root, digests, 6)) for _ in range(8)]
     for racer in racers:
@@ -268,8 +274,8 @@ def test_of_eight_processes_that_move_an_alias_each_move_follows_the_one_it_saw(
     for racer in racers:
         racer.join(60)
     assert [racer.exitcode for racer in racers] == [0] * 8
-    assert local.newest() == began + 48
-    assert local.resolve("support").digest == digests[48 % 3]
+    assert local.read()[0] == began + 48
+    assert _asked(local, "support").digest == digests[48 % 3]
     led = [target.routes[0].digest for target in local.read()[1].alias("support", "prod").previous]
     assert [digests.index(digest) for digest in led] == [(48 - 20 + n) % 3 for n in range(20)]
 
@@ -297,6 +303,6 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(local: Registry, tm
     one, two = _add(local, tmp_path, 0), _add(local, tmp_path, 1)
     generation = local.move("support", "prod", two)
     (Path(local.root) / "state" / f"{generation:012d}.json").write_text("{")
-    assert local.resolve("support").digest == one
+    assert _asked(local, "support").digest == one
     local.move("support", "prod", two)
-    assert local.resolve("support").digest == two
+    assert _asked(local, "support").digest == two

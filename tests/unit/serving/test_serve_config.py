@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import signal
-import socket
 import threading
 from pathlib import Path
 
 import pytest
 import tiny_adapters
+from serving_service import free_port
 
 from tunesmith.cluster.errors import ModelError, ResourceError, ServeConfigError
 from tunesmith.cluster.resources import Node
 from tunesmith.serving.bases import base_of
 from tunesmith.serving.config import Serve, load_config
+from tunesmith.serving.deployment import reason
 from tunesmith.serving.registry import Registry
 from tunesmith.serving.serve_command import check, check_room, names, signals
 
@@ -65,13 +66,37 @@ def test_an_adapter_of_a_base_s_name_is_warned_about_and_the_base_is_served(
         registry.add(name, tiny_adapters.artifact(tmp_path / name))
     panel = {"layers": [[{"model": "tiny"}]]}
     written = {"bases": {"tiny": {"path": "x"}}, "agents": {"panel": panel}, "registry": registry.root}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        config = Serve.model_validate({**written, "http": {"port": probe.getsockname()[1]}})
+    config = Serve.model_validate({**written, "http": {"port": free_port()}})
     check(config)
     shown = " ".join(capsys.readouterr().err.split())
     assert shown.startswith("panel, tiny: a base or mixture of the configuration, and also an adapter of")
     assert names(config) == ["tiny", "panel", "support"]
+
+
+def test_a_member_that_is_not_there_yet_is_warned_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layer = [{"model": "tiny"}, {"model": "suport@prod"}, {"model": "gpt", "endpoint": "outside"}]
+    config = Serve.model_validate(
+        {
+            "bases": {"tiny": {"path": "x"}},
+            "agents": {"panel": {"layers": [layer]}},
+            "endpoints": {"outside": {"url": "http://127.0.0.1:1/v1"}},
+            "registry": str(tmp_path / "registry"),
+            "http": {"port": free_port()},
+        }
+    )
+    check(config)
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.startswith("agents.panel: it asks suport@prod: neither a base, nor an adapter of")
+
+
+def test_what_a_replica_failed_with_is_told_without_its_traceback() -> None:
+    message = (
+        "The deployment failed to start 3 times in a row. Error:\nray::ServeReplica() (pid=1)\n"
+        '  File "a.py", line 1, in f\n    raise KeyError\nKeyError: 1\n\nDuring handling:\n'
+        '  File "b.py", line 2, in g\n    raise ValueError(\n    ^^^^^^^\nValueError: 5000 GiB are asked for;\n 23 are free'
+    )
+    assert reason(message) == "ValueError: 5000 GiB are asked for; 23 are free"
+    assert reason("The gateway\nis gone") == "The gateway is gone"
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])

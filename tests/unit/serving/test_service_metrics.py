@@ -125,8 +125,7 @@ async def asked(backend: InProcess, *bodies: dict[str, Any]) -> dict[tuple[str, 
 
 
 def test_requests_through_the_application_are_counted_by_version_and_outcome(at: Desk) -> None:
-    version = at.registry.resolve("support").digest
-    assert version is not None
+    version = at.registry.read()[1].adapter("support").versions[0].digest
     support = ("tiny", "support", version[:12], "anyone")
     seen = asyncio.run(
         asked(
@@ -210,8 +209,7 @@ def test_a_gateway_that_is_gone_leaves_failed_requests_behind(at: Desk) -> None:
 def test_news_of_a_replica_is_counted_and_a_shift_is_logged_with_its_numbers_and_no_text(
     at: Desk, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    digest = at.registry.resolve("support").digest
-    assert digest is not None
+    digest = at.registry.read()[1].adapter("support").versions[0].digest
     usual, random = Traffic(), np.random.default_rng(0)
     trained = {digest: reference(tmp_path / "trained", usual, 500)}
     support = ("tiny", "support", digest[:12], "none")

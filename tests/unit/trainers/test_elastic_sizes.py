@@ -12,7 +12,7 @@ from tunesmith.cluster.events import Note
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.resources import Need, Node
 from tunesmith.trainers.elastic import Growth, at, inexact, largest, worlds
-from tunesmith.trainers.machines import Machines
+from tunesmith.trainers.machines import Machines, still_good
 from tunesmith.trainers.stopping import StopSignals
 
 
@@ -79,12 +79,12 @@ def test_room_that_comes_and_goes_changes_nothing_and_room_that_stays_is_used():
 
 
 class Cluster:
-    """What a session says of a cluster whose nodes change from look to look; the last stays."""
+    """What a session says of the nodes that stay, which change from look to look; the last look stays."""
 
     def __init__(self, *looks: tuple[list[Node], list[Node]]) -> None:
         self.looks = list(looks)
 
-    def nodes(self) -> list[Node]:
+    def staying_nodes(self) -> list[Node]:
         return self.looks[0][0]
 
     def free_nodes(self) -> list[Node]:
@@ -92,7 +92,7 @@ class Cluster:
 
 
 def of(cluster: Any, sizes: list[int], wait_s: float = 60) -> Machines:
-    return Machines(Need(sizes[-1], cpus=1), sizes, cluster, wait_s, 60, StopSignals("run"))
+    return Machines(Need(sizes[-1], cpus=1), sizes, cluster, wait_s, 60, StopSignals("run"), places={})
 
 
 def wait(cluster: Any, sizes: list[int], wait_s: float = 60, said: list[Any] | None = None) -> int:
@@ -177,7 +177,10 @@ class LostCluster:
 
 def test_a_cluster_that_is_lost_is_left_and_waited_for():
     cluster, said = LostCluster(tries=3), []
-    of(cluster, [1]).rejoin(said.append)
+    machines = of(cluster, [1])
+    machines.places = {"gone": 1}
+    machines.rejoin(said.append)
+    assert machines.nodes_for(machines.need) == [], "Ray chooses after a loss"
     assert cluster.closed == 3, "left, and not joined by halves"
     assert [event.text for event in said] == [
         "waiting up to 60 s for the cluster: no Ray cluster could be joined at head:6379: nothing answers there"
@@ -188,3 +191,10 @@ def test_a_cluster_that_does_not_come_back_is_an_error_with_what_to_do():
     with pytest.raises(WorkerError, match="after 0 s no Ray cluster could be joined at head:6379") as error:
         of(LostCluster(tries=10**9), [1], wait_s=0.02).rejoin(lambda _: None)
     assert "the same command goes on" in error.value.fix
+
+
+def test_workers_stay_where_they_were_placed_while_all_of_their_nodes_are_there():
+    places = {"a": 2, "b": 1}
+    assert still_good(places, 3, {"a", "b", "c"}) == ["a", "a", "b"]
+    assert still_good(places, 3, {"a", "c"}) == []
+    assert still_good(places, 2, {"a", "b", "c"}) == []

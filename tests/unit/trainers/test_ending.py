@@ -32,11 +32,13 @@ LOW = (
     ],
 )
 def test_a_lost_worker_is_told_from_one_whose_machine_ran_out_of_memory(error: Exception, said: str, tmp_path: Path):
-    ending = _ending(WorkerGroupError("worker failures", {1: error}), RunFolder(tmp_path))
+    ending = _ending(WorkerGroupError("worker failures", {1: error}), RunFolder(tmp_path), attempt=1)
     assert ending.died == {1: said}
     assert ending.raised == {}
 
 
 def test_a_worker_that_raised_did_not_die(tmp_path: Path):
-    ending = _ending(WorkerGroupError("worker failures", {0: RuntimeError("first line\nsecond")}), RunFolder(tmp_path))
+    ending = _ending(
+        WorkerGroupError("worker failures", {0: RuntimeError("first line\nsecond")}), RunFolder(tmp_path), attempt=1
+    )
     assert (ending.died, ending.raised) == ({}, {0: "first line"})

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -29,6 +32,7 @@ def wait_for(run: RunFolder, count: int) -> Beat:
         beat = read_beat(run, 0)
         if beat is not None and beat.count >= count:
             return beat
+        time.sleep(0.01)
     raise AssertionError(f"no beat {count}")
 
 
@@ -59,6 +63,41 @@ def test_work_in_one_line_is_no_standstill(run: RunFolder):
     heartbeat.leave()
     assert beat is not None
     assert beat.still_s < 3 * interval(STALL_S)
+
+
+def test_the_last_beat_stays_the_last(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    heartbeat = Heartbeat(run, 1, 0, STALL_S)
+    write, writing, go_on = heartbeat._write, threading.Event(), threading.Event()
+
+    def slowly(beat: Beat) -> None:
+        if threading.current_thread() is heartbeat:
+            writing.set()
+            assert go_on.wait(PATIENCE_S)
+        write(beat)
+
+    monkeypatch.setattr(heartbeat, "_write", slowly)
+    heartbeat.start()
+    assert writing.wait(PATIENCE_S)
+    threading.Timer(0.2, go_on.set).start()
+    heartbeat.leave()
+    heartbeat.join()
+    last = read_beat(run, 0)
+    assert last is not None
+    assert last.has_left
+
+
+def test_storage_that_fails_for_a_while_does_not_end_the_beats(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    heartbeat = Heartbeat(run, 1, 0, STALL_S)
+    with monkeypatch.context() as patch:
+
+        def fails(path: Path) -> bool:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+
+        patch.setattr(Path, "exists", fails)
+        heartbeat.start()
+        first = wait_for(run, 2)
+    assert wait_for(run, first.count + 2).count > first.count
+    heartbeat.leave()
 
 
 def test_a_worker_that_is_given_up_leaves_its_stacks_and_ends(run: RunFolder):

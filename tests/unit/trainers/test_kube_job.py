@@ -34,6 +34,7 @@ SHAPES: dict[str, tuple[str, list[str], str | None, Placement]] = {
     "every weight on 2x8": ("full.yaml", [*SMOL, "cluster.workers=16", "cluster.zero=3"], "2x8xH100-80GB", QUEUED),
     "a mixture of experts on 2x4": ("moe.yaml", ["cluster.workers=8"], "2x4xA100-40GB", QUEUED),
     "a sweep in a queue": ("sweep.yaml", SMOL, "4xL4", QUEUED),
+    "one to eight CPU workers": ("full.yaml", ["cluster.workers={min: 1, max: 8}", "cluster.zero=3"], None, PLACEMENT),
     "offloaded to the host": (
         "full.yaml", [*SMOL, "cluster.workers=4", "cluster.zero=3", "cluster.offload=cpu"], "4xL4", PLACEMENT,
     ),
@@ -100,6 +101,26 @@ def test_what_is_offloaded_is_host_memory() -> None:
     after = quantity(limits(rendered("offloaded to the host"))["memory"])
     parameters = 361.8e6
     assert float(after - before) / 2**30 == pytest.approx(1.25 * 18 * parameters / 2**30, abs=1.1)
+
+
+def test_the_pods_of_an_elastic_run_hold_what_the_fewest_workers_need() -> None:
+    """Under ZeRO-3 one worker alone holds all that eight share."""
+
+    def rendered_with(workers: str) -> list[dict[str, Any]]:
+        overrides = [*SMOL, "cluster.zero=3", f"cluster.workers={workers}"]
+        return kube.documents(Wanted(SUPPORT / "full.yaml", False, PLACEMENT, overrides))
+
+    elastic, alone, eight = (rendered_with(workers) for workers in ("{min: 1, max: 8}", "1", "8"))
+    assert worker(elastic)["replicas"] == 8
+    assert quantity(limits(elastic)["memory"]) == quantity(limits(alone)["memory"]) > quantity(limits(eight)["memory"])
+    deadlines = [documents[1]["spec"]["activeDeadlineSeconds"] for documents in (elastic, eight)]
+    assert deadlines[0] > deadlines[1], "the fewest take longest"
+
+
+def test_an_elastic_run_that_the_fewest_workers_cannot_hold_is_refused() -> None:
+    overrides = ["model.base=HuggingFaceTB/SmolLM2-1.7B", "cluster.zero=3", "cluster.workers={min: 1, max: 8}"]
+    with pytest.raises(ResourceError, match="with 1 of its workers: this recipe needs"):
+        kube.documents(Wanted(SUPPORT / "full.yaml", False, PLACEMENT, overrides, "8xL4"))
 
 
 def test_a_pod_has_time_to_save_and_a_retry_goes_on() -> None:

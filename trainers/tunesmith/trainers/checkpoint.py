@@ -257,7 +257,8 @@ class CheckpointStore:
             loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=False)
         else:
             self.tell(f"{path.name}, written by {about['world']} workers, is cut anew for {self.world}")
-            with converted(path, manifest.files) as folder:
+            on_first(self._clear)  # what a conversion that was killed has left may fill the disk
+            with converted(path, manifest.files, layout[1]) as folder:
                 files = SignedFiles(folder, names, weights_files(folder))
                 engine.checkpoint_engine = files
                 loaded = load_converted(engine, folder)
@@ -269,9 +270,12 @@ class CheckpointStore:
         return about
 
     def _begin(self, final: Path) -> Path:
+        self._clear()
+        return begin_folder(final)
+
+    def _clear(self) -> None:
         self.run.check_fence(self.attempt)
         remove_leftovers(self.folder)
-        return begin_folder(final)
 
     def _write(self, engine: Any, temporary: Path) -> _Written:
         files = SignedFiles(temporary, module_names(engine.module))

@@ -27,6 +27,7 @@ def build_engine(recipe: Recipe, base: BaseRef, device: torch.device) -> Any:
     dtype = DTYPES[zero.precision(recipe, on_gpu)]
     config = zero.deepspeed_config(recipe, on_gpu)
     is_zero3 = zero.stage(recipe.cluster) == 3
+    _skip_inference_kernel()  # before the model: under ZeRO-3 building it starts DeepSpeed
     model = models.build(recipe, base, device=device, dtype=dtype, zero3=is_zero3, deepspeed_config=config)
     is_moe = bool(moe_blocks(model))
     policy = Policy(
@@ -34,7 +35,6 @@ def build_engine(recipe: Recipe, base: BaseRef, device: torch.device) -> Any:
         attention.choose(recipe.model.attention, device, dtype),
         recipe.model.router_aux_loss_coef if is_moe else None,
     )
-    _skip_inference_kernel()
     engine, *_ = deepspeed.initialize(
         model=policy,
         optimizer=_optimizer(recipe, policy),
@@ -45,8 +45,8 @@ def build_engine(recipe: Recipe, base: BaseRef, device: torch.device) -> Any:
 
 
 def _skip_inference_kernel() -> None:
-    """Spares CPU workers a minute of compiling: DeepSpeed builds this shared-memory kernel when it starts, and only its
-    inference engine calls it."""
+    """Spares CPU workers minutes of compiling, and a lock that one which is killed meanwhile would leave behind for ever:
+    DeepSpeed builds this shared-memory kernel when it starts, and only its inference engine calls it."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
 
 

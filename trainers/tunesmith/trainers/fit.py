@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.util.placement_group import NODE_ID_LABEL_KEY
 
 from tunesmith.cluster.events import Listener, Step, Warned
 from tunesmith.cluster.recipe.schema import Recipe
@@ -88,9 +90,7 @@ def fit(
             "stall_s": stall_s,
         },
         backend_config=Rendezvous(str(folder.root), attempt),
-        scaling_config=ScalingConfig(
-            num_workers=need.workers, use_gpu=need.gpus > 0, resources_per_worker=need.ray_resources()
-        ),
+        scaling_config=_scaling(need, machines.nodes_for(need)),
         run_config=RunConfig(
             name=f"{folder.name}-{attempt}",
             storage_path=str(scratch),
@@ -120,7 +120,16 @@ def fit(
         raise work.failure
     if watchman.stall is not None:
         return Ending({rank: f"{watchman.stall.beats[rank].who} {why}" for rank, why in watchman.stall.odd.items()})
-    return replace(_ending(work.failure, folder), moves_on=watchman.moves_on)
+    return replace(_ending(work.failure, folder, attempt), moves_on=watchman.moves_on)
+
+
+def _scaling(need: Need, nodes: Sequence[str]) -> ScalingConfig:
+    return ScalingConfig(
+        num_workers=need.workers,
+        use_gpu=need.gpus > 0,
+        resources_per_worker=need.ray_resources(),
+        label_selector=[{NODE_ID_LABEL_KEY: node} for node in nodes] or None,
+    )
 
 
 class _Work(threading.Thread):
@@ -138,10 +147,10 @@ class _Work(threading.Thread):
             self.failure = failure
 
 
-def _ending(failure: TrainingFailedError | RayError | None, folder: RunFolder) -> Ending:
+def _ending(failure: TrainingFailedError | RayError | None, folder: RunFolder, attempt: int) -> Ending:
     if isinstance(failure, WorkerGroupError):
         died = {
-            rank: f"{who(folder, rank)} {_how(error)}"
+            rank: f"{who(folder, attempt, rank)} {_how(error)}"
             for rank, error in failure.worker_failures.items()
             if isinstance(error, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError)
         }

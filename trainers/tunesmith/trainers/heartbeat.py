@@ -102,12 +102,14 @@ class Heartbeat(threading.Thread):
     def run(self) -> None:
         while not self._left.wait(self._interval):
             self._beat()
-            if self._abort.exists():
-                self._end()
+            with contextlib.suppress(OSError):  # storage that fails asks nothing, and must not silence this thread
+                if self._abort.exists():
+                    self._end()
 
     def leave(self) -> None:
         """The last beat: the worker has ended by itself."""
         self._left.set()
+        self.join()  # a beat that is being written would take the place of the last one
         self._write(replace(self._last, has_left=True))
 
     def _beat(self) -> None:
@@ -129,7 +131,10 @@ class Heartbeat(threading.Thread):
             part.replace(self._path)
 
     def _end(self) -> None:
-        print(f"rank {self._rank} (process {os.getpid()}) is ended because the attempt hangs; its threads:", flush=True)
+        print(
+            f"rank {self._rank} (process {os.getpid()}) is ended because the attempt is given up; its threads:",
+            flush=True,
+        )
         faulthandler.dump_traceback(file=sys.stdout.fileno(), all_threads=True)
         time.sleep(2 * self._interval)  # Ray ends all others with the first that is gone: they write theirs meanwhile
         os._exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -18,6 +19,7 @@ from tunesmith.cluster.recipe.load import load_recipe
 from tunesmith.cluster.recipe.schema import Recipe, Workers
 from tunesmith.cluster.resources import Node
 from tunesmith.trainers.admission import NOMINAL_FLOPS
+from tunesmith.trainers.elastic import at, worlds
 from tunesmith.trainers.memory.choose import host_bytes
 from tunesmith.trainers.memory.geometry import geometry
 from tunesmith.trainers.memory.overhead import PROCESS
@@ -52,8 +54,8 @@ def documents(wanted: Wanted) -> list[dict[str, Any]]:
     recipe = load_recipe(wanted.path, wanted.overrides)
     _check_paths(recipe)
     fleet = _fleet(recipe, wanted)
-    plan = _plan(recipe, _of_one_run(recipe, fleet))
-    nodes, size = _pods(recipe, fleet, plan)
+    plans = _plans(recipe, fleet)
+    nodes, size = _pods(recipe, fleet, plans)
     job = rayjob.Job(
         run=recipe.name,
         command="sweep" if recipe.tune else "train",
@@ -63,9 +65,9 @@ def documents(wanted: Wanted) -> list[dict[str, Any]]:
         nodes=nodes,
         size=size,
         retries=wanted.retries,
-        deadline_s=wanted.deadline_s or _deadline_s(recipe, plan),
+        deadline_s=wanted.deadline_s or max(_deadline_s(recipe, plan) for plan in plans),
         start_s=wanted.start_s,
-        grace_s=_grace_s(plan, nodes, wanted.storage_gb_s),
+        grace_s=max(_grace_s(plan, nodes, wanted.storage_gb_s) for plan in plans),
         ray_version=version("ray"),
     )
     return rayjob.documents(job, wanted.placement)
@@ -111,14 +113,20 @@ def _fleet(recipe: Recipe, wanted: Wanted) -> Fleet:
             f"cluster.gpus_per_worker: {cluster.gpus_per_worker}, and nobody says which GPUs",
             "Add --fleet, such as --fleet 2x8xH100-80GB.",
         )
-    memory, cpus = cluster.memory_gib_per_worker or UNLIMITED_GIB, _cpus(recipe, on_gpu=False)
-    node = Node(cpus=cpus * cluster.most_workers, memory_gib=memory * cluster.most_workers)
-    return of_cpus(node, cluster.most_workers, NOMINAL_FLOPS * node.cpus)
+    return _of_cpus(recipe)
+
+
+def _of_cpus(recipe: Recipe) -> Fleet:
+    workers, memory = recipe.cluster.most_workers, recipe.cluster.memory_gib_per_worker or UNLIMITED_GIB
+    node = Node(cpus=_cpus(recipe, on_gpu=False) * workers, memory_gib=memory * workers)
+    return of_cpus(node, workers, NOMINAL_FLOPS * node.cpus)
 
 
 def _of_one_run(recipe: Recipe, fleet: Fleet) -> Fleet:
-    """The GPUs that train together: all of them, or for a sweep those of one trial."""
-    if recipe.tune is None or fleet.gpu.is_cpu:
+    """The workers that train together: those of one trial of a sweep, those that an elastic run has, or all."""
+    if fleet.gpu.is_cpu:
+        return _of_cpus(recipe)
+    if recipe.tune is None and "workers" not in recipe.cluster.model_fields_set:
         return fleet
     per_node = min(recipe.cluster.most_workers, fleet.gpus_per_node)
     return replace(fleet, nodes=-(-recipe.cluster.most_workers // per_node), gpus_per_node=per_node)
@@ -128,31 +136,37 @@ def _cpus(recipe: Recipe, on_gpu: bool) -> float:
     return recipe.cluster.cpus_per_worker or float(CPUS_PER_GPU if on_gpu else CPUS_PER_WORKER)
 
 
-def _plan(recipe: Recipe, fleet: Fleet) -> Plan:
-    """The plan, which fits.
+def _plans(recipe: Recipe, fleet: Fleet) -> list[Plan]:
+    """The plan, which fits; of an elastic run two, with the most workers last: with the fewest memory is scarcest, and a step
+    takes longest.
 
     Raises:
         PlanError: the model cannot be simulated, so nobody knows how large its pods must be.
+        ResourceError: it does not fit.
     """
-    try:
-        plan = make_plan(recipe, geometry(recipe.model.base, recipe.output.dir), fleet)
-    except PlanError as unknown:
-        hint = "" if not fleet.gpu.is_cpu else " A mixture of experts can be with --fleet, on GPUs."
-        raise PlanError(f"its pods cannot be sized: {unknown.what}", f"{unknown.fix}{hint}") from unknown
-    refuse_what_cannot_fit(plan)
-    return plan
+    model, plans = geometry(recipe.model.base, recipe.output.dir), []
+    for world in sorted({worlds(recipe)[0], worlds(recipe)[-1]}):
+        here = at(recipe, world)
+        try:
+            plan = make_plan(here, model, _of_one_run(here, fleet))
+        except PlanError as unknown:
+            hint = "" if not fleet.gpu.is_cpu else " A mixture of experts can be with --fleet, on GPUs."
+            raise PlanError(f"its pods cannot be sized: {unknown.what}", f"{unknown.fix}{hint}") from unknown
+        refuse_what_cannot_fit(plan, f"with {world} of its workers: " if recipe.cluster.is_elastic else "")
+        plans.append(plan)
+    return plans
 
 
-def _pods(recipe: Recipe, fleet: Fleet, plan: Plan) -> tuple[int, PodSize]:
+def _pods(recipe: Recipe, fleet: Fleet, plans: Sequence[Plan]) -> tuple[int, PodSize]:
     """How many worker pods, and the size of each: a node's GPUs together, or one worker on CPUs."""
     on_gpu = not fleet.gpu.is_cpu
     trials = (recipe.tune.concurrent or 1) if recipe.tune else 1
     nodes = fleet.nodes if on_gpu else recipe.cluster.most_workers * trials
     workers = fleet.gpus_per_node if on_gpu else 1
     shm = shared_memory_gib(fleet.gpus_per_node if on_gpu else 0, 0 if on_gpu else workers)
-    each = _host_bytes(plan) if on_gpu else plan.prediction.total
-    runs = max(1, workers // plan.prediction.workers)  # in one pod, each of which has an artifact
-    needed = SLACK * (workers * each + runs * _whole_model(plan)) / GIB + shm
+    each = max(_host_bytes(plan) if on_gpu else plan.prediction.total for plan in plans)
+    runs = max(1, workers // plans[-1].prediction.workers)  # in one pod, each of which has an artifact
+    needed = SLACK * (workers * each + runs * _whole_model(plans[-1])) / GIB + shm
     asked = (recipe.cluster.memory_gib_per_worker or 0.0) * workers
     cpus = _cpus(recipe, on_gpu) * workers
     memory = math.ceil(max(needed, asked))

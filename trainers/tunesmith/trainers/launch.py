@@ -10,8 +10,10 @@ import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -80,10 +82,18 @@ class Inputs:
     """Whether Ray is one of our own on this machine."""
 
 
-def run(recipe: Recipe, allow_change: bool = False, on_event: Listener = ignore) -> Result:
+def run(
+    recipe: Recipe,
+    allow_change: bool = False,
+    on_event: Listener = ignore,
+    places: Mapping[str, int] = MappingProxyType({}),
+) -> Result:
     """Trains the recipe's run, or goes on with it, and returns when its artifact is there.
 
     The same recipe again goes on from the newest whole checkpoint, or answers at once when the run is finished.
+
+    Args:
+        places: workers by the id of the node on which they are to be; where Ray puts them when it is empty.
 
     Raises:
         UsageError: something about the recipe, data, model, resources or output is wrong; no run is left behind.
@@ -111,7 +121,7 @@ def run(recipe: Recipe, allow_change: bool = False, on_event: Listener = ignore)
             stack.callback(
                 draw, folder, on_event
             )  # however it ends; between attempts it would only keep the workers waiting
-            return _attempts(inputs, session, signals, allow_change, on_event)
+            return _attempts(inputs, session, signals, allow_change, on_event, places)
         except UsageError:
             folder.discard_if_unused()
             raise
@@ -244,10 +254,11 @@ def _attempts(
     signals: StopSignals,
     allow_change: bool,
     on_event: Listener,
+    places: Mapping[str, int],
 ) -> Result:
     recipe, folder, lost = inputs.recipe, inputs.folder, []
     max_failures, cluster = recipe.train.max_failures, recipe.cluster  # read now: workers refuse unread keys
-    machines = Machines(inputs.need, worlds(recipe), session, cluster.wait_s, cluster.grow_after_s, signals)
+    machines = Machines(inputs.need, worlds(recipe), session, cluster.wait_s, cluster.grow_after_s, signals, places)
     machines.require()
     from tunesmith.trainers.fit import fit  # only now: Ray's modules import each other, which two threads cannot do
 

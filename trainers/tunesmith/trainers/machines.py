@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 
-from tunesmith.cluster.errors import ResourceError, WorkerError
+from tunesmith.cluster.errors import LostHeadError, ResourceError, WorkerError
 from tunesmith.cluster.events import Listener, Note
+from tunesmith.cluster.ray_nodes import ray_nodes
 from tunesmith.cluster.resources import Need, fitting, require_resources
 from tunesmith.cluster.session import RaySession
 from tunesmith.trainers.elastic import Growth, largest
@@ -27,6 +28,7 @@ class Machines:
         wait_s: how long to wait for the fewest, and for a head that is lost.
         grow_after_s: how long there must be room for more before it is used.
         signals: end every wait.
+        places: workers by the id of the node that somebody has chosen for them, if somebody has.
     """
 
     def __init__(
@@ -37,8 +39,9 @@ class Machines:
         wait_s: float,
         grow_after_s: float,
         signals: StopSignals,
+        places: Mapping[str, int],
     ) -> None:
-        self.need, self.worlds, self.session, self.signals = need, worlds, session, signals
+        self.need, self.worlds, self.session, self.signals, self.places = need, worlds, session, signals, places
         self.wait_s, self.grow_after_s = wait_s, grow_after_s
 
     def require(self) -> None:
@@ -58,6 +61,13 @@ class Machines:
             WorkerError: there is no room for the fewest after `wait_s` seconds; says what is missing.
             StoppedError, InterruptedRunError: a signal came.
         """
+        while True:
+            try:
+                return self._wait(on_event)
+            except LostHeadError:
+                self.rejoin(on_event)
+
+    def _wait(self, on_event: Listener) -> Need:
         began, is_told = time.monotonic(), False
         while True:
             waited = time.monotonic() - began
@@ -87,6 +97,7 @@ class Machines:
             WorkerError: there is no cluster after `wait_s` seconds.
             StoppedError, InterruptedRunError: a signal came.
         """
+        self.places = {}  # one of these nodes may be gone, and Ray may not know it yet
         if self.session.local:
             return
         self.session.close()
@@ -115,18 +126,28 @@ class Machines:
             raise self.signals.error(f"it was waiting for {what}, and no worker was at work")
         time.sleep(POLL_S)
 
+    def nodes_for(self, need: Need) -> list[str]:
+        """Ids of the nodes on which an attempt's workers are to be, one for each; empty where Ray may choose."""
+        if not self.places:
+            return []
+        try:
+            staying = {node.id for node in ray_nodes() if not node.is_draining}
+        except LostHeadError:  # which the attempt will find out
+            return []
+        return still_good(self.places, need.workers, staying)
+
     def more_than(self, world: int) -> Callable[[], int | None]:
         """To be asked now and then while so many workers train: how many to go on with instead, None for no change."""
         growth = Growth(self.worlds, world, self.grow_after_s)
         return lambda: None if growth.is_over else growth.look(world + self._room(free=True), time.monotonic())
 
     def _room(self, free: bool) -> int:
-        nodes = self.session.free_nodes() if free else self.session.nodes()
+        nodes = self.session.free_nodes() if free else self.session.staying_nodes()
         return sum(fitting(node, self.need) for node in nodes)
 
     def _missing(self, room: int) -> str:
         try:
-            self.require()
+            require_resources(replace(self.need, workers=self.worlds[0]), self.session.staying_nodes())
         except ResourceError as missing:
             return missing.what
         return f"there is room for {room} workers, and the run needs {self.worlds[0]}; others use the rest"
@@ -139,3 +160,10 @@ class Machines:
                     f"{', '.join(map(str, self.worlds))} workers only"
                 )
             )
+
+
+def still_good(places: Mapping[str, int], workers: int, staying: Set[str]) -> list[str]:
+    """The node of each worker, if there are as many as were placed and none of the nodes is gone or leaves; else nothing."""
+    if sum(places.values()) != workers or not places.keys() <= staying:
+        return []
+    return [node for node, count in places.items() for _ in range(count)]

@@ -5,7 +5,9 @@ An exception on one rank alone leaves the others waiting in their next collectiv
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -13,6 +15,9 @@ import torch.distributed as dist
 from tunesmith.cluster.errors import StorageError, TunesmithError
 
 T = TypeVar("T")
+
+LONGEST = timedelta(days=7)
+_LONG_WORKS = itertools.count()
 
 
 def gather(value: T) -> list[T]:
@@ -49,3 +54,25 @@ def on_first(function: Callable[[], T]) -> T:
     if isinstance(outcome[0], TunesmithError):
         raise outcome[0]
     return outcome[0]  # pyright: ignore[reportReturnType]
+
+
+def on_first_at_length(function: Callable[[], T]) -> T:
+    """As `on_first`, for work that may take longer than a collective operation may wait: until it is done the others wait at
+    the group's store. It is for those who watch the workers to see that rank 0 gets on with it."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        store, done = dist.distributed_c10d._get_default_store(), f"tunesmith/done-{next(_LONG_WORKS)}"
+        if dist.get_rank() > 0:
+            store.wait([done], LONGEST)
+        else:
+            function = _then(function, lambda: store.set(done, ""))
+    return on_first(function)
+
+
+def _then(function: Callable[[], T], say: Callable[[], None]) -> Callable[[], T]:
+    def work() -> T:
+        try:
+            return function()
+        finally:
+            say()
+
+    return work

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import psutil
 
+from tunesmith.cluster.errors import LostHeadError
 from tunesmith.cluster.events import Listener, Note, Warned
+from tunesmith.cluster.ray_nodes import ray_nodes
 from tunesmith.cluster.runs import RunFolder
-from tunesmith.cluster.session import draining_nodes
 from tunesmith.trainers.head_watch import HeadWatch
 from tunesmith.trainers.heartbeat import Beat, interval, read_beat
 from tunesmith.trainers.stall import Stall, StallWatch
@@ -53,12 +54,23 @@ class Watchman:
         self._every = min(interval(stall_s), DRAIN_POLL_S)
         self._due = time.monotonic() + self._every
         self._draining: set[str] = set()
+        self._is_storage_told = False
 
     def look(self, on_event: Listener) -> None:
         """Gives the attempt up when it hangs, and has it save when a machine of it is drained."""
         now = time.monotonic()
         if now < self._due:
             return
+        try:
+            self._look(now, on_event)
+            self._is_storage_told = False
+        except OSError as error:  # beats lie on the same storage: those who seem to hang may only be unheard
+            self.stall, self._due = None, now + self._every
+            if not self._is_storage_told:
+                on_event(Warned(f"storage fails: {error}; whether the workers hang cannot be told meanwhile"))
+                self._is_storage_told = True
+
+    def _look(self, now: float, on_event: Listener) -> None:
         if self.stall is not None:
             self._due = math.inf
             for rank in self.stall.odd:
@@ -68,10 +80,10 @@ class Watchman:
         beats = self._beats()
         self.stall = self._watch.look(beats, now)
         if self.stall is not None:
+            self._give_up(self.stall)
             on_event(
                 Warned(f"attempt {self.attempt} hangs: {self.stall.what}; all stacks are in {log_file(self.folder)}")
             )
-            self._give_up(self.stall)
             self._due = now + 3 * self._every  # those who still can write down their stacks and end themselves
         elif self.head is not None:
             self._look_at_the_cluster(self.head, beats, on_event)
@@ -90,42 +102,43 @@ class Watchman:
         if self.lost_head is not None:
             self.folder.abort_file(self.attempt).touch()
         elif not head.is_silent:
-            self._look_for_drains(beats, on_event)
-            if len(beats) == self.world:  # what workers that are not there yet will take still looks free
-                self._look_for_room(on_event)
+            with contextlib.suppress(LostHeadError):  # which the next look finds
+                self._look_for_drains(beats, on_event)
+                if len(beats) == self.world:  # what workers that are not there yet will take still looks free
+                    self._look_for_room(on_event)
 
     def _look_for_drains(self, beats: dict[int, Beat], on_event: Listener) -> None:
-        draining = draining_nodes()
+        draining = {node.id: node.deadline for node in ray_nodes() if node.is_draining}
         for rank, beat in sorted(beats.items()):
             if beat.node in draining and beat.node not in self._draining:
-                self._draining.add(beat.node)
                 deadline = draining[beat.node]
                 within = f" within {deadline - time.time():.0f} s" if deadline is not None else ""
                 why = f"the machine {beat.host} of rank {rank} is to be taken away{within}"
-                on_event(Warned(f"{why}: the workers save after this step"))
                 self.folder.request_stop_of(self.attempt, why)
+                self._draining.add(beat.node)
                 self.moves_on = self.is_elastic
+                on_event(Warned(f"{why}: the workers save after this step"))
 
     def _look_for_room(self, on_event: Listener) -> None:
         more = None if self.moves_on else self._more()
         if more is not None:
             why = f"there is room for {more} workers instead of {self.world}"
-            on_event(Note(f"{why}: they save after this step, and the run goes on with more"))
             self.folder.request_stop_of(self.attempt, why)
             self.moves_on = True
+            on_event(Note(f"{why}: they save after this step, and the run goes on with more"))
 
 
 def _kill(beat: Beat) -> None:
     """Ends a worker of this machine, which may be stopped and cannot end itself; Ray ends those of others."""
     if beat.host != socket.gethostname():
         return
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # gone, or another user's: Ray's to end
         process = psutil.Process(beat.pid)
         if process.create_time() == beat.started:
             process.kill()
 
 
-def who(folder: RunFolder, rank: int) -> str:
+def who(folder: RunFolder, attempt: int, rank: int) -> str:
     """Which process the worker of this rank was, for a message."""
     beat = read_beat(folder, rank)
-    return beat.who if beat is not None else "its process"
+    return beat.who if beat is not None and beat.attempt == attempt else "its process"

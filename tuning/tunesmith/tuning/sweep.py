@@ -10,7 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tunesmith.cluster.identity import Identity, refuse_changes
 from tunesmith.cluster.recipe.load import resolved
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.recipe.tune import Tune
-from tunesmith.cluster.resources import Need, Node, needs, require_resources, this_machine
+from tunesmith.cluster.resources import Need, Node, fitting, needs, require_resources, this_machine
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.cluster.session import RaySession
 from tunesmith.cluster.storage import write_atomic
@@ -67,6 +67,30 @@ class Ground:
     def gpus(self) -> float:
         """GPUs that the trials of the sweep keep busy together."""
         return sum(node.gpus for node in self.nodes) if self.need.gpus else 0.0
+
+    @property
+    def shared_workers(self) -> int:
+        """Workers that hold the base, where trials share one."""
+        return max(1, min(self.need.workers, space.trials_of(self.tune)))
+
+    @property
+    def places(self) -> int:
+        """Trials with workers of their own that are trained at once."""
+        return max(
+            1, min(self._runs // self.tune.seeds, self.tune.concurrent or self._runs, space.trials_of(self.tune))
+        )
+
+    @property
+    def whole(self) -> Need:
+        """All that the trials take together."""
+        runs = min(self._runs, self.places * self.tune.seeds)
+        workers = self.shared_workers if self.why_isolated is None else runs * self.need.workers
+        return replace(self.need, workers=workers)
+
+    @property
+    def _runs(self) -> int:
+        """Runs whose workers fit the machines at once."""
+        return sum(fitting(node, self.need) for node in self.nodes) // self.need.workers
 
 
 def check(recipe: Recipe, session: RaySession, on_event: Listener = ignore, start_ray: bool = False) -> Ground:
@@ -154,6 +178,30 @@ def run(recipe: Recipe, on_event: Listener = ignore, console: Console | None = N
             result = crown(ground, who, began, on_event)
         write_atomic(folder.result, json.dumps({"asked": _asked(ground.tune), "result": asdict(result)}, indent=1))
         return result
+
+
+def plan(recipe: Recipe, on_event: Listener = ignore) -> dict[str, Any]:
+    """Checks everything that `run` checks before the first trial, and says what it would do.
+
+    Raises:
+        UsageError: as `run`.
+    """
+    with RaySession(recipe.cluster.address) as session:
+        ground = check(recipe, session, on_event)
+    _say_how(ground, on_event)
+    whole, is_fused = ground.whole, ground.why_isolated is None
+    on_event(Note(f"sweep {recipe.name} would try {space.trials_of(ground.tune)} configurations on {whole}"))
+    return {
+        "sweep": recipe.name,
+        "folder": str(ground.folder.root),
+        "base": ground.base.reference,
+        "execution": "fused" if is_fused else "isolated",
+        "trials": space.trials_of(ground.tune),
+        "trials_on_record": len(ground.folder.trials()),
+        "concurrent": ground.tune.concurrent if is_fused else ground.places,
+        "need": asdict(whole),
+        "data": ground.prepared.report.model_dump(mode="json"),
+    }
 
 
 def _nothing_held_out(recipe: Recipe) -> UsageError:

@@ -11,7 +11,6 @@ from uuid import uuid4
 
 import ray
 
-from tunesmith.cluster.resources import fitting
 from tunesmith.tuning.eligible import lane_length, lanes_for, ranks_of, targets_of, trials_at_once
 from tunesmith.tuning.feasible import Feasibility
 from tunesmith.tuning.fused.seats import MOST_SEATS, Host
@@ -103,7 +102,7 @@ class SharedWorkers(Trainers):
 def trainers(ground: Ground) -> Iterator[Trainers]:
     """Those who will train: shared workers that hold the base, or a place for each trial's own."""
     if ground.why_isolated is not None:
-        count, name = _places(ground), f"{ground.recipe.name}-{uuid4().hex[:8]}"
+        count, name = ground.places, f"{ground.recipe.name}-{uuid4().hex[:8]}"
         with places(count, name, NAMESPACE):
             yield _isolated(ground, count, name)
         return
@@ -132,17 +131,11 @@ def _isolated(ground: Ground, count: int, name: str) -> Trainers:
     return Trainers(training, count, feasibility.why_not)
 
 
-def _places(ground: Ground) -> int:
-    """Trials whose workers fit the cluster at once."""
-    runs = sum(fitting(node, ground.need) for node in ground.nodes) // ground.need.workers
-    return max(1, min(runs // ground.tune.seeds, ground.tune.concurrent or runs))
-
-
 def _shared_workers(ground: Ground, name: str) -> tuple[list[Any], int]:
     """The shared workers' actors, and the lanes that each is to have."""
     recipe, tune, need = ground.recipe, ground.tune, ground.need
     length = lane_length(recipe, ground.prepared)
-    count = max(1, min(need.workers, trials_of(tune)))
+    count = ground.shared_workers
     settings = {
         "recipe": recipe_of(recipe, {}).model_dump(mode="json", exclude_unset=True),
         "base": asdict(ground.base),

@@ -60,10 +60,13 @@ class Census:
 
     def clocks(self) -> list[Clock]:
         """How far the nodes' clocks are from ours: each is asked several times, and the quickest answer counts."""
-        return [
-            bracketed(name, lambda one=one: ray.get(one.clock.remote(), timeout=PATIENCE_S))
-            for name, one in self._witnesses.items()
-        ]
+        found = []
+        for name, one in self._witnesses.items():
+            try:
+                found.append(bracketed(name, lambda one=one: ray.get(one.clock.remote(), timeout=PATIENCE_S)))
+            except RayError as error:
+                self.silent[name] = _reason(error)
+        return found
 
     def readings(self, folder: str, nonce: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         """What each node sees of the driver's file and lock, and what it wrote itself, by the name of its file."""

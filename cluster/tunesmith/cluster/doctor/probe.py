@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE_S = 60
+TORCH_PATIENCE_S = 180
+"""Importing it takes a minute where the disk is slow."""
 GPU_COLUMNS = ("uuid", "name", "memory.total", "memory.used", "driver_version", "ecc.errors.uncorrected.volatile.total")
 RAY_PROGRAMS = ("gcs_server", "raylet")
 RAY_SCRIPTS = ("/ray/dashboard/", "/ray/_private/", "ray::")
@@ -127,7 +129,10 @@ def ask_torch() -> dict[str, Any]:
     """What torch gets here, in a process of its own: Ray hides the GPUs from a worker that has reserved none."""
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     command = [sys.executable, "-c", ASK_TORCH]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=5 * PATIENCE_S, env=environment)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TORCH_PATIENCE_S, env=environment)
+    except subprocess.TimeoutExpired:  # as where a driver hangs
+        return {"error": f"no answer within {TORCH_PATIENCE_S} s"}
     if done.returncode:
         return {"error": (done.stderr.strip() or f"exit code {done.returncode}").rpartition("\n")[2]}
     answer = json.loads(done.stdout)
@@ -159,7 +164,12 @@ def compile_extension(compiler: str) -> str:
     command = [compiler, "-x", "c++", "-shared", "-fPIC", f"-I{sysconfig.get_paths()['include']}", "-"]
     with tempfile.TemporaryDirectory() as folder:
         library = ["-o", f"{folder}/probe.so"]
-        done = subprocess.run(command + library, input=EXTENSION, capture_output=True, text=True, timeout=PATIENCE_S)
+        try:
+            done = subprocess.run(
+                command + library, input=EXTENSION, capture_output=True, text=True, timeout=PATIENCE_S
+            )
+        except subprocess.TimeoutExpired:
+            return f"it has not compiled a small file within {PATIENCE_S} s"
     said = done.stderr.strip().partition("\n")[0]
     return said or f"exit code {done.returncode}" if done.returncode else ""
 

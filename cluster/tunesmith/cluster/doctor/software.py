@@ -26,7 +26,10 @@ def python(facts: Facts) -> Iterator[Finding]:
         said = f"Python {machine.python}"
         if machine.python not in SpecifierSet(facts.requires_python):
             yield failure(
-                "python", machine.name, f"{said}, and Tunesmith needs {facts.requires_python}", "Install one that is."
+                "python",
+                machine.name,
+                f"{said}, and Tunesmith needs {facts.requires_python}",
+                f"Install a Python that is {facts.requires_python}.",
             )
         elif _minor(machine) != ours:
             fix = f"Install Python {ours} there, or start the command from a machine with {_minor(machine)}."

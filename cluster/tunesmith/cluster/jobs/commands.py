@@ -30,7 +30,7 @@ from tunesmith.cluster.jobs.versions import here
 from tunesmith.cluster.progress import duration
 from tunesmith.cluster.recipe.load import load_recipe, recipe_hash
 from tunesmith.cluster.runs import RunFolder
-from tunesmith.cluster.runstore import JobRecord, RunStore, log_file, record_file
+from tunesmith.cluster.runstore import JobRecord, RunStore, how_far, log_file, record_file
 
 FOLLOW_S = 0.3
 ASK_CLUSTER_S = 5.0
@@ -60,8 +60,6 @@ def submit(recipe_file: Path, overrides: list[str], wish: Wish, as_json: bool) -
         ResourceError: the cluster does not answer.
     """
     recipe = load_recipe(recipe_file, overrides)
-    if recipe.tune is not None:
-        raise RecipeError(f"{recipe.where('tune')}sweeps are not submitted yet", "Take the tune section out.")
     if recipe.cluster.address:
         raise RecipeError(
             f"{recipe.where('cluster.address')}a job runs on the cluster that it is submitted to", "Take it out."
@@ -71,7 +69,7 @@ def submit(recipe_file: Path, overrides: list[str], wish: Wish, as_json: bool) -
     variables, references = secrets.split(wish.environment)
     folder = Path(recipe.output.dir).expanduser().absolute() / recipe.name
     record = JobRecord(
-        id="", key=wish.key or str(folder), number=0, run=recipe.name, folder=str(folder),
+        id="", key=wish.key or str(folder), number=0, kind="sweep" if recipe.tune else "train", run=recipe.name, folder=str(folder),
         user=wish.user or getpass.getuser(), priority=wish.priority, recipe=recipe_hash(recipe), submitted_at=time.time(),
     )  # fmt: skip
     spec = JobSpec(
@@ -193,9 +191,8 @@ def describe(name: str, address: str | None, as_json: bool) -> None:
     folder, events = RunFolder(Path(job.folder)), view.store.events(job.id)
     about = {
         **job.model_dump(),
-        "attempts": folder.current_attempt(),
-        "newest_step": folder.newest_step(),
-        "artifact": str(folder.artifact) if folder.artifact.exists() else None,
+        **(_of_sweep(folder) if job.kind == "sweep" else _of_run(folder)),
+        "artifact": str(_artifact(job)) if _artifact(job).exists() else None,
         "events": [{"at": at, "text": text} for at, text in events],
     }
     if as_json:
@@ -203,9 +200,23 @@ def describe(name: str, address: str | None, as_json: bool) -> None:
         return
     lines = [f"job {job.id} · {job.state}{': ' + job.why if job.why else ''}"]
     lines += [f"run {job.run} in {job.folder} · user {job.user} · priority {job.priority}"]
-    lines += [f"attempts {about['attempts']} · newest checkpoint step {about['newest_step']}"]
+    lines += [f"attempts {folder.current_attempt()} · {how_far(job)}" if job.kind == "train" else how_far(job)]
     lines += [f"{datetime.fromtimestamp(at):%Y-%m-%d %H:%M:%S}  {text}" for at, text in events]
     say(stdout(), "\n".join(lines))
+
+
+def _artifact(job: JobRecord) -> Path:
+    """As the driver has noted it, or where a run has it whose driver did not live to do so."""
+    return Path(job.artifact) if job.artifact else RunFolder(Path(job.folder)).artifact
+
+
+def _of_run(folder: RunFolder) -> dict[str, int]:
+    return {"attempts": folder.current_attempt(), "newest_step": folder.newest_step()}
+
+
+def _of_sweep(folder: RunFolder) -> dict[str, int]:
+    begun, ended = folder.trials()
+    return {"trials": begun, "trials_ended": ended}
 
 
 def logs(name: str, address: str | None, follow: bool, as_json: bool) -> None:
@@ -270,7 +281,7 @@ def artifacts(name: str, address: str | None, as_json: bool) -> None:
         CheckpointError: it is damaged.
     """
     job = View(address).job(name)
-    folder = RunFolder(Path(job.folder)).artifact
+    folder = _artifact(job)
     if not folder.exists():
         raise UsageError(
             f"job {job.id} is {job.state}, and {folder} is not there or not seen from here",

@@ -1,6 +1,6 @@
 """Where jobs of a cluster ask for their turn: one actor that knows who waits and who runs, and lets `queue.decide` decide.
 
-Every driver says each second what its job asks for and whether it holds workers, and is told what to do. Whoever is not heard of for
+Every driver says each second what its job asks for and which workers it holds, and is told what to do. Whoever is not heard of for
 `LEASE_S` is gone, and its workers with it. So the desk has nothing to remember but how much each user has taken; one that was
 restarted listens for as long before it lets anybody start.
 """
@@ -8,17 +8,17 @@ restarted listens for as long before it lets anybody start.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
 
 from tunesmith.cluster.queue.decide import decide
 from tunesmith.cluster.queue.shares import Usage, dominant_share
 from tunesmith.cluster.queue.state import Behind, Job, Policy, Running
-from tunesmith.cluster.resources import GIB, Node
-from tunesmith.cluster.session import draining_nodes, live_nodes
+from tunesmith.cluster.ray_nodes import ray_nodes
+from tunesmith.cluster.resources import Node
 
 NAME, NAMESPACE = "tunesmith-desk", "tunesmith"
 LEASE_S = 20.0
@@ -32,6 +32,8 @@ class Answer:
     act: str
     """`wait`, `start`, `go on` or `save`."""
     why: str = ""
+    placed: Mapping[str, int] = field(default_factory=dict)
+    """Of `start`: workers by the id of the node on which they are to be."""
 
 
 @dataclass
@@ -54,21 +56,23 @@ class Desk:
         again = ray.get_runtime_context().was_current_actor_reconstructed
         self._opens_at = time.monotonic() + (lease_s if again else 0.0)
 
-    def ask(self, job: Job, waited_s: float, holds: bool, remaining_s: float | None) -> Answer:
+    def ask(self, job: Job, waited_s: float, holds: Mapping[str, int] | None, remaining_s: float | None) -> Answer:
         """A driver tells of its job and is told what to do.
 
         Args:
             job: with any `submitted_at`.
             waited_s: since it was submitted.
-            holds: whether it has been told to start, and has not ended since.
-            remaining_s: how long it still runs, if it knows.
+            holds: the workers with which it was told to start, if it has not ended since.
+            remaining_s: how long it still runs, if it knows; else what its submitter expects counts.
         """
         now = time.monotonic()
         ticket = self._tickets.setdefault(job.id, _Ticket(replace(job, submitted_at=now - waited_s), now))
         ticket.heard_at = now
-        if holds and ticket.running is None:  # the desk is new, or has lost it: where its workers are, Ray knows
-            ticket.running = Running(ticket.job, {}, now)
+        if holds is not None and ticket.running is None:  # the desk is new, or has lost it
+            ticket.running = Running(ticket.job, holds, now)
         if ticket.running is not None:
+            if remaining_s is None and job.expected_s is not None:
+                remaining_s = max(0.0, ticket.running.started_at + job.expected_s - now)
             ticket.running = replace(ticket.running, remaining_s=remaining_s)
         if now - self._decided_at >= DECIDE_S:
             self._decide(now)
@@ -76,7 +80,7 @@ class Desk:
             return Answer("wait", self._reasons.get(job.id, "the queue looks at it in a moment"))
         if ticket.running.saving:
             return Answer("save", self._reasons.get(job.id, ""))
-        return Answer("go on" if holds else "start")
+        return Answer("start", placed=ticket.running.placed) if holds is None else Answer("go on")
 
     def leave(self, id: str) -> None:
         """A job has ended, or waits no more."""
@@ -86,7 +90,7 @@ class Desk:
 
     def _release(self, ticket: _Ticket, now: float) -> None:
         if ticket.running is not None:
-            share = dominant_share(ticket.job.need, _totals(live_nodes()))
+            share = dominant_share(ticket.job.need, _totals([node.has(node.id) for node in ray_nodes()]))
             self._usage.charge(ticket.job.user, share, ticket.running.started_at, now)
             ticket.running = None
 
@@ -117,16 +121,15 @@ class Desk:
 
 def _ours(running: list[Running]) -> list[Node]:
     """What each node has for jobs of the queue: all that nobody else holds, as Ray sees it."""
-    free, draining = available_resources_per_node(), draining_nodes()
     nodes = []
-    for node in live_nodes():
-        if node.name in draining:
+    for found in ray_nodes():
+        if found.is_draining:
             continue  # what would start there would be told to save at once
-        left = free.get(node.name, {})
+        node, left = found.has(found.id), found.has_free(found.id)
         held = [(one.job.need, one.placed[node.name]) for one in running if node.name in one.placed]
-        cpus = node.cpus - left.get("CPU", 0.0) - sum(need.cpus * workers for need, workers in held)
-        gpus = node.gpus - left.get("GPU", 0.0) - sum(need.gpus * workers for need, workers in held)
-        memory = node.memory_gib - left.get("memory", 0.0) / GIB - sum(n.memory_gib * workers for n, workers in held)
+        cpus = node.cpus - left.cpus - sum(need.cpus * workers for need, workers in held)
+        gpus = node.gpus - left.gpus - sum(need.gpus * workers for need, workers in held)
+        memory = node.memory_gib - left.memory_gib - sum(need.memory_gib * workers for need, workers in held)
         others = (max(0.0, cpus), max(0.0, gpus), max(0.0, memory))
         nodes.append(
             replace(

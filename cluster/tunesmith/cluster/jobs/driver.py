@@ -1,7 +1,7 @@
 """What a submitted job runs on the cluster: `python -m tunesmith.cluster.jobs.driver`.
 
-It waits for its turn at the desk, runs the very command that a user would (`tunesmith train`), and watches it: all that it prints goes
-to Ray's log of the job and to the run's folder, secrets hidden. When the desk asks for the workers, the command is told to save,
+It waits for its turn at the desk, runs the very command that a user would (`tunesmith train` or `tunesmith sweep`), and watches it: all that
+it prints goes to Ray's log of the job and to the run's folder, secrets hidden. When the desk asks for the workers, the command is told to save,
 and the job waits for its next turn. Loads neither torch nor the data, so that a waiting job is cheap.
 """
 
@@ -11,12 +11,10 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,17 +24,18 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from tunesmith.cluster.console import exit_code_of
-from tunesmith.cluster.errors import StorageError, TunesmithError, UsageError
+from tunesmith.cluster.errors import LostHeadError, StorageError, TunesmithError, UsageError
 from tunesmith.cluster.jobs import secrets
+from tunesmith.cluster.jobs.command import Command
 from tunesmith.cluster.jobs.desk import Answer, find_desk
 from tunesmith.cluster.jobs.spec import METADATA_KEY, JobSpec
 from tunesmith.cluster.jobs.versions import differences, here
 from tunesmith.cluster.progress import StepState
 from tunesmith.cluster.queue.state import Job
 from tunesmith.cluster.recipe.load import load_recipe
-from tunesmith.cluster.resources import needs, require_resources
+from tunesmith.cluster.resources import Need, Node, needs, require_resources
 from tunesmith.cluster.runs import RunFolder
-from tunesmith.cluster.runstore import JobRecord, RunStore, keep, log_file, record_file
+from tunesmith.cluster.runstore import JobRecord, RunStore, how_far, keep, log_file, record_file
 from tunesmith.cluster.session import RaySession
 from tunesmith.cluster.tail import MetricsTail
 
@@ -115,6 +114,11 @@ class Book:
         if text:
             self.say(f"job {self.record.id}: {text}")
 
+    def beat(self) -> None:
+        """Notes now and then that the job lives."""
+        if time.time() - self.record.heard_at > NOTE_S:
+            self.note()
+
 
 class Driver:
     """One job from its start on the cluster to its end."""
@@ -122,17 +126,21 @@ class Driver:
     def __init__(self, spec: JobSpec, book: Book) -> None:
         self.spec, self.book = spec, book
         self.folder = RunFolder(Path(spec.record.folder))
+        self.recipe_file = record_file(self.folder.root, spec.record.id).with_suffix(".yaml")
+        self.options: list[str] = []
+        """Of the command, besides its recipe."""
         self.stopping = False
         signal.signal(signal.SIGTERM, self._stop)
 
     def run(self) -> int:
-        """Waits, trains and waits again, until the run has ended; returns its exit code."""
+        """Waits, works and waits again, until the run has ended; returns its exit code."""
         self._check()
         with RaySession() as session:
-            recipe_file = self._write_recipe()
-            recipe = load_recipe(recipe_file)
             nodes = session.nodes()
-            need = needs(recipe.cluster, nodes)
+            self._write_recipe()
+            need = self._needs(nodes)
+            if need is None:
+                return self._ended(SAVED)
             require_resources(need, nodes)
             record = self.spec.record
             self.job = Job(
@@ -141,13 +149,14 @@ class Driver:
             self.desk = find_desk()
             try:
                 while True:
-                    if not self._wait():
-                        return self._ended(SAVED, "stopped before it had workers")
-                    code, preempted = self._train(recipe_file)
+                    placed = self._wait()
+                    if placed is None:
+                        return self._ended(SAVED)
+                    code, preempted = self._work(placed)
                     self._tell(self.desk.leave, self.job.id)
                     if not (preempted and code == SAVED and not self.stopping):
                         return self._ended(code)
-                    self.book.note(f"saved at step {self.folder.newest_step()}, and waits again", state="queued")
+                    self.book.note(f"has saved, and waits again: {how_far(record)}", state="queued")
             finally:
                 self._tell(self.desk.leave, self.job.id)
 
@@ -169,103 +178,105 @@ class Driver:
             self.book.say(f"warning: {difference}")
         self.book.hidden = secrets.resolve(self.spec.secrets)
 
-    def _write_recipe(self) -> Path:
-        path = record_file(self.folder.root, self.spec.record.id).with_suffix(".yaml")
-        path.write_text(yaml.safe_dump(self.spec.recipe, sort_keys=False, allow_unicode=True))
-        return path
+    def _write_recipe(self) -> None:
+        self.recipe_file.write_text(yaml.safe_dump(self.spec.recipe, sort_keys=False, allow_unicode=True))
 
-    def _wait(self) -> bool:
-        """Waits for the job's turn; False when it is stopped meanwhile."""
+    def _needs(self, nodes: Sequence[Node]) -> Need | None:
+        """All that the job takes at once; None when it is stopped meanwhile.
+
+        A sweep says itself how much that is, and is then held to as many trials at once, though the cluster may have grown
+        when its turn comes.
+
+        Raises:
+            UsageError, TunesmithError: the sweep cannot begin.
+        """
+        if self.spec.record.kind == "train":
+            return needs(load_recipe(self.recipe_file).cluster, nodes)
+        self.book.note(state="queued", why="its sweep is checked before it waits for its turn")
+        command = self._command("--dry-run")
+        while command.is_running:
+            self.book.beat()
+            time.sleep(ASK_S)
+        code = command.wait()
+        if self.stopping:
+            return None
+        if code:
+            kind = UsageError if code == UsageError.exit_code else TunesmithError
+            raise kind(f"`tunesmith sweep --dry-run` ended with exit code {code}; the lines above say why")
+        planned = command.answer()
+        if planned["concurrent"] is not None:
+            self.options = ["--set", f"tune.concurrent={planned['concurrent']}"]
+        return Need(**planned["need"])
+
+    def _command(self, *options: str) -> Command:
+        arguments = [self.spec.record.kind, str(self.recipe_file), "--json", *self.options, *options]
+        return Command(arguments, self.book.hidden, self.book.say)
+
+    def _wait(self) -> Mapping[str, int] | None:
+        """Waits for the job's turn; workers by node, or None when it is stopped meanwhile."""
         said, noted_at = "", -math.inf
         while not self.stopping:
-            answer = self._ask(holds=False)
+            answer = self._ask()
             if answer.act == "start":
-                self.book.note("has its workers", state="running", why="", started_at=time.time())
-                return True
+                self.book.note(f"has its workers: {self.job.need}", state="running", why="", started_at=time.time())
+                return answer.placed
             if time.monotonic() - noted_at > NOTE_S:
                 news = f"waits: {answer.why}" if answer.why != said else ""
                 self.book.note(news, state="queued", why=answer.why)
                 said, noted_at = answer.why, time.monotonic()
             time.sleep(ASK_S)
-        return False
+        return None
 
-    def _train(self, recipe_file: Path) -> tuple[int, bool]:
+    def _work(self, placed: Mapping[str, int]) -> tuple[int, bool]:
         """Runs the command to its end; its exit code, and whether it was told to make room."""
-        command = [sys.executable, "-m", "tunesmith.cluster.main", "train", str(recipe_file), "--json"]
-        environment = os.environ | self.book.hidden
-        pipe = subprocess.PIPE
-        child = subprocess.Popen(
-            command, stdout=pipe, stderr=pipe, text=True, errors="replace", env=environment, preexec_fn=_end_with_me
-        )
-        readers = [_Reader(stream, self.book.say) for stream in (child.stdout, child.stderr) if stream is not None]
+        where = [f"--place={node}={workers}" for node, workers in placed.items()]
+        command = self._command(*(where if self.spec.record.kind == "train" else ()))
         steps, state = MetricsTail(self.folder.metrics), StepState()
-        preempted, noted_at = False, time.monotonic()
-        while child.poll() is None:
+        preempted = False
+        while command.is_running:
             for line in steps.lines():
                 state.take(line)
-            answer = self._ask(holds=True, remaining_s=state.eta())
+            answer = self._ask(placed, state.eta())
             if answer.act == "save" and not preempted and not self.stopping:
                 preempted = True
                 self.book.note(f"is told to save: it {answer.why}", state="saving", why=answer.why)
-                child.send_signal(signal.SIGTERM)
+                command.save()
             if self.stopping and self.book.record.state != "saving":
                 self.book.note("is told to save and stop", state="saving", why="stopped by its user")
-            if time.monotonic() - noted_at > NOTE_S:
-                self.book.note()
-                noted_at = time.monotonic()
+            self.book.beat()
             time.sleep(ASK_S)
-        for reader in readers:
-            reader.join()
-        return child.returncode, preempted
+        code = command.wait()
+        if code == 0:
+            self.book.note(artifact=command.answer()["artifact"])
+        return code, preempted
 
-    def _ended(self, code: int, why: str = "") -> int:
+    def _ended(self, code: int) -> int:
         """Writes down how the job ended."""
         if code == 0:
-            state, why = "succeeded", f"its artifact is {self.folder.artifact}"
+            state, why = "succeeded", f"its artifact is {self.book.record.artifact}"
         elif code in (SAVED, STOPPED_AT_ONCE):
-            state, why = "stopped", why or f"stopped; the newest checkpoint is step {self.folder.newest_step()}"
+            state, why = "stopped", how_far(self.book.record)
         else:
-            state, why = "failed", f"`tunesmith train` ended with exit code {code}; its log says why"
+            state, why = "failed", f"`tunesmith {self.book.record.kind}` ended with exit code {code}; its log says why"
         self.book.note(f"{state}: {why}", state=state, why=why, exit_code=code, ended_at=time.time())
         return code if code >= 0 else FAILED
 
-    def _ask(self, holds: bool, remaining_s: float | None = None) -> Answer:
+    def _ask(self, holds: Mapping[str, int] | None = None, remaining_s: float | None = None) -> Answer:
         waited_s = time.time() - self.spec.record.submitted_at
         answer = self._tell(self.desk.ask, self.job, waited_s, holds, remaining_s)
-        return answer or Answer("go on" if holds else "wait", "the queue does not answer")
+        return answer or Answer("wait" if holds is None else "go on", "the queue does not answer")
 
     def _tell(self, method: Any, *arguments: Any) -> Any:
-        """Asks the desk; None when it does not answer, because it is being restarted: workers go on meanwhile."""
+        """Asks the desk; None when it does not answer, because it or the head is being restarted: workers go on meanwhile."""
         try:
             return ray.get(method.remote(*arguments), timeout=10)
-        except (RayActorError, GetTimeoutError) as away:
+        except (RayActorError, GetTimeoutError, LostHeadError) as away:
             self.book.say(f"warning: the queue does not answer: {str(away).partition(chr(10))[0]}")
             return None
 
     def _stop(self, *_: object) -> None:
         """SIGTERM. `ray job stop` sends it to the command too, which saves: it is not sent on, as the second would end it at once."""
         self.stopping = True
-
-
-class _Reader(threading.Thread):
-    """Says every line of a stream, until its end."""
-
-    def __init__(self, stream: IO[str], say: Callable[[str], None]) -> None:
-        super().__init__(daemon=True)
-        self._stream, self._say = stream, say
-        self.start()
-
-    def run(self) -> None:
-        for line in self._stream:
-            self._say(line.rstrip("\n"))
-
-
-def _end_with_me() -> None:
-    """In the command, before it begins: if the driver dies, the kernel tells it to save and stop."""
-    import ctypes
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,17 @@ from jsonschema import Draft202012Validator, FormatChecker, ValidationError, val
 from tunesmith.cluster.errors import UsageError
 from tunesmith.cluster.kube.findings import Document, Finding
 from tunesmith.cluster.kube.gather import within
+from tunesmith.cluster.kube.objects import as_quantity
 from tunesmith.cluster.recipe.lines import KeyPath
 
 SHIPPED = Path(__file__).with_name("schemas.json")
 """Of KubeRay 1.7, Kueue and Kubernetes 1.34; made by `gather.py`."""
 SUBSET = Path(__file__).with_name("subset.json")
 """Of kinds from elsewhere: no more than the fields that our manifests use."""
+QUANTITY_PATTERN = (
+    r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))))?$"
+)
+"""How the schemas say that a text is a quantity."""
 
 RULES = {
     "schema.kind": "the document names an apiVersion and a kind whose schema is known",
@@ -130,6 +135,8 @@ def _explained(error: Any) -> Iterator[Finding]:
         near = difflib.get_close_matches(str(error.instance), map(str, wanted), n=1)
         fix = f"Did you mean {near[0]}?" if near else f"Write one of {', '.join(map(str, wanted))}."
         yield Finding("schema.value", path, f"{shown} is not one of {', '.join(map(str, wanted))}", fix)
+    elif keyword == "pattern" and wanted == QUANTITY_PATTERN:
+        yield Finding("schema.value", path, f"{shown} is no quantity", as_quantity(error.instance))
     else:
         yield Finding("schema.value", path, error.message, f"The schema says {keyword}: {json.dumps(wanted)[:120]}.")
 
@@ -155,8 +162,22 @@ def _lists(_: Any, kind: str, instance: Any, schema: dict[str, Any]) -> Iterator
 def _cel(_: Any, rules: list[dict[str, str]], instance: Any, __: Any) -> Iterator[ValidationError]:
     """`x-kubernetes-validations`; what compares with an earlier version of the object has nothing to compare here."""
     for rule in rules:
-        if "oldSelf" not in rule["rule"] and not CEL[" ".join(rule["rule"].split())](instance):
+        holds = CEL.get(_plain(rule["rule"]))
+        if holds is not None and not holds(instance):
             yield ValidationError(rule["message"])
+
+
+def unchecked_rules(schema: Any) -> list[str]:
+    """Rules of a schema in its own language that are not in our table: only --schemas brings such."""
+    if isinstance(schema, dict):
+        own = [_plain(rule["rule"]) for rule in schema.get("x-kubernetes-validations", [])]
+        found = [rule for rule in own if "oldSelf" not in rule and rule not in CEL]
+        return found + [rule for value in schema.values() for rule in unchecked_rules(value)]
+    return [rule for item in schema for rule in unchecked_rules(item)] if isinstance(schema, list) else []
+
+
+def _plain(rule: str) -> str:
+    return " ".join(rule.split())
 
 
 def _limits(group: dict[str, Any]) -> bool:

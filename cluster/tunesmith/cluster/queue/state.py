@@ -90,7 +90,7 @@ class NeverFits(NamedTuple):
     """Workers of this shape that the empty cluster holds, on GPUs of one kind."""
 
     def __str__(self) -> str:
-        return f"asks for {gang(self.need)}; the cluster holds {self.most} of these when it is empty"
+        return f"asks for {self.need}; the cluster holds {self.most} of these when it is empty"
 
 
 class Next(NamedTuple):
@@ -107,7 +107,7 @@ class Next(NamedTuple):
     """The job whose end makes the room; empty when none is known to."""
 
     def __str__(self) -> str:
-        said = f"next in line: {self.fit} of {gang(self.need)} fit now"
+        said = f"next in line: {self.fit} of {self.need} fit now"
         if self.saving:
             return f"{said}; room comes when {' and '.join(self.saving)} {_have(self.saving)} saved"
         if self.opens_with:
@@ -126,7 +126,7 @@ class Behind(NamedTuple):
     """The first in line, for which room is kept."""
 
     def __str__(self) -> str:
-        said = f"{self.first} is first in line; {self.fit} of {gang(self.need)} fit now"
+        said = f"{self.first} is first in line; {self.fit} of {self.need} fit now"
         return f"{said}, in room that is kept for {self.first}" if self.fit >= self.need.workers else said
 
 
@@ -141,14 +141,6 @@ class Decision:
     preempts: Sequence[Preempt]
     waits: Mapping[str, Reason]
     """Why each waiting job waits, by its id, the first in line first."""
-
-
-def gang(need: Need) -> str:
-    """As in `4 workers of 1 GPU + 8 CPUs`."""
-    parts = [f"{need.gpus:g} GPU{'s' if need.gpus != 1 else ''}"] if need.gpus else []
-    parts += [f"{need.cpus:g} CPU{'s' if need.cpus != 1 else ''}"] if need.cpus else []
-    parts += [f"{need.memory_gib:g} GiB"] if need.memory_gib else []
-    return f"{need.workers} worker{'s' if need.workers != 1 else ''} of {' + '.join(parts) or 'nothing'}"
 
 
 def _have(many: Sequence[object]) -> str:

@@ -23,7 +23,7 @@ from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import ModelError, RequestError
 from tunesmith.serving.config import Base
 from tunesmith.serving.engines import prompts, weights
-from tunesmith.serving.engines.diary import Diary
+from tunesmith.serving.engines.diary import Diary, News
 from tunesmith.serving.engines.protocol import Ask, Encoded, Piece, Sampling, Version
 
 CLASSES = "ForSequenceClassification"
@@ -141,6 +141,10 @@ class EncoderEngine:
                 self._loading[version.digest] = asyncio.create_task(self._load(version))
             await asyncio.shield(self._loading[version.digest])
         self._models.move_to_end(version.digest)
+
+    async def news(self) -> News | None:
+        """See `Engine.news`."""
+        return self.diary.take()
 
     async def _load(self, version: Version) -> None:
         try:

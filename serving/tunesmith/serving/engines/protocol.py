@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from tunesmith.serving.engines.diary import Diary
+    from tunesmith.serving.engines.diary import News
 
 Finish = Literal["stop", "length"]
 Message = dict[str, Any]
@@ -132,9 +132,7 @@ class Encoded:
 
 
 class Engine(Protocol):
-    """A base model with adapters over it. What it loads, lets go and answers goes into its `diary`."""
-
-    diary: Diary
+    """A base model with adapters over it."""
 
     def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """Answers piece by piece. Closing the iterator gives the request's slot back at once.
@@ -166,4 +164,8 @@ class Engine(Protocol):
         Raises:
             AdapterError: the engine cannot serve it.
         """
+        ...
+
+    async def news(self) -> News | None:
+        """What it has loaded, let go and answered since it was last asked; None when there is nothing."""
         ...

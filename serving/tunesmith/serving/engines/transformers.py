@@ -23,7 +23,7 @@ from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import RequestError
 from tunesmith.serving.config import Base
 from tunesmith.serving.engines import prompts, weights
-from tunesmith.serving.engines.diary import Diary
+from tunesmith.serving.engines.diary import Diary, News
 from tunesmith.serving.engines.grammar import Grammar, Grammars
 from tunesmith.serving.engines.protocol import Ask, Encoded, Finish, Piece, TokenLogprob, Version
 from tunesmith.serving.engines.sampling import Drawer
@@ -237,6 +237,10 @@ class TransformersEngine:
                 self._loading[digest] = asyncio.create_task(self._load(version))
             await asyncio.shield(self._loading[digest])
         self._models.move_to_end(digest)
+
+    async def news(self) -> News | None:
+        """See `Engine.news`."""
+        return self.diary.take()
 
     async def _load(self, version: Version) -> None:
         try:

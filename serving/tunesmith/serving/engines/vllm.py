@@ -28,7 +28,7 @@ from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import AdapterError, RequestError
 from tunesmith.serving.config import Base
 from tunesmith.serving.engines import prompts
-from tunesmith.serving.engines.diary import Diary
+from tunesmith.serving.engines.diary import Diary, News
 from tunesmith.serving.engines.protocol import Ask, Encoded, Piece, TokenLogprob, Version
 from tunesmith.serving.engines.text import spelled
 
@@ -139,6 +139,12 @@ class VllmEngine:
         """See `Engine.load`."""
         await self._adapter(version)
 
+    async def news(self) -> News | None:
+        """See `Engine.news`."""
+        async with self._adding:
+            await self._note_moves()
+        return self.diary.take()
+
     async def check_health(self) -> None:
         """Raises when vLLM's process has died."""
         await self._engine.check_health()
@@ -157,7 +163,7 @@ class VllmEngine:
         os._exit(1)
 
     async def _note_moves(self) -> None:
-        """vLLM by itself lets go of what is used least, and loads it again when it is asked for."""
+        """vLLM by itself lets go of what is used least, and loads it again when it is asked for: it is asked what it holds."""
         held = set(await self._engine.list_loras())
         for digest, number in self._ids.items():
             if number in held - self._held:

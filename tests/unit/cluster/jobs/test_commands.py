@@ -44,12 +44,9 @@ def test_without_a_cluster_it_says_how_to_name_one(tmp_path: Path) -> None:
     assert "tunesmith up" in refused.value.fix
 
 
-def test_a_recipe_that_names_a_cluster_or_a_search_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_a_recipe_that_names_a_cluster_is_refused_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"recipe.yaml:\d+: a job runs on the cluster that it is submitted to"):
         submit(tmp_path, cluster={"address": "auto"})
-    tune = {"space": {"train.learning_rate": {"choice": [1e-4, 1e-3]}}}
-    with pytest.raises(RecipeError, match=r"sweeps are not submitted yet"):
-        submit(tmp_path, tune=tune)
 
 
 def test_a_cluster_that_does_not_answer_is_named_after_it_was_said_to_be_waited_for() -> None:

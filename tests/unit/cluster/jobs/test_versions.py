@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+
+from gathered_code import digest
 
 from tunesmith.cluster.jobs.code import gather
 from tunesmith.cluster.jobs.versions import CODE, differences, here
@@ -28,9 +28,3 @@ def test_gathered_code_is_the_same_code_and_a_changed_line_is_other_code(tmp_pat
     errors = package / "cluster" / "errors.py"
     errors.write_text(errors.read_text() + "\n")
     assert digest(tmp_path) != here()[CODE]
-
-
-def digest(path: Path) -> str:
-    """Of the code that a process with this folder first on its path would run."""
-    code = f"import sys; sys.path.insert(0, {str(path)!r})\nfrom tunesmith.cluster.jobs.versions import here, CODE\nprint(here()[CODE])"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

@@ -11,7 +11,7 @@ from imports import REPOSITORY
 from manifests import job, of
 
 from tunesmith.cluster.errors import UsageError
-from tunesmith.cluster.kube import check, schemas
+from tunesmith.cluster.kube import check, commands, schemas
 
 DEFINITIONS = REPOSITORY.parent / "shared" / "crds"
 """The custom resource definitions that the schemas were made from, where this checkout lies beside them."""
@@ -48,6 +48,7 @@ def test_nothing_of_a_definition_is_lost() -> None:
 def test_every_rule_in_the_schemas_own_language_is_known() -> None:
     now = {rule for rule in cel_rules(schemas.shipped()) if "oldSelf" not in rule}
     assert now == set(schemas.CEL)
+    assert schemas.unchecked_rules(schemas.shipped()) == []
 
 
 @pytest.mark.parametrize("name", sorted({*schemas.shipped()["kinds"], *json.loads(schemas.SUBSET.read_text())}))
@@ -67,6 +68,26 @@ def test_schemas_from_a_folder_join_ours(tmp_path: Path) -> None:
     assert schemas.check(thing)[0].rule == "schema.kind"
     assert schemas.check(thing, extra) == []
     assert schemas.check({**thing, "spec": {"sise": 3}}, extra)[0].fix == "Did you mean size?"
+
+
+def test_rules_that_a_folder_brings_in_their_own_language_are_counted_not_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = [
+        {"rule": "self.size < 10", "message": "too large"},
+        {"rule": "self in ['ray.io/kuberay-operator', 'kueue.x-k8s.io/multikueue']", "message": "not ours"},
+    ]
+    spec = {"type": "string", "x-kubernetes-validations": rules}
+    schema = {"type": "object", "properties": {"apiVersion": {}, "kind": {}, "metadata": {}, "spec": spec}}
+    crd = {"group": "example.org", "kind": "Thing", "version": "v1", "schema": schema}
+    (tmp_path / "thing.json").write_text(json.dumps(crd))
+    extra = schemas.load_folder(tmp_path)
+    assert [finding.what for finding in schemas.check(of("example.org/v1", "Thing", spec="x"), extra)] == ["not ours"]
+    assert schemas.unchecked_rules(extra["example.org/v1/Thing"]) == ["self.size < 10"]
+    thing = tmp_path / "thing.yaml"
+    thing.write_text(json.dumps(of("example.org/v1", "Thing", spec="ray.io/kuberay-operator")))
+    commands.validate([thing], schemas=tmp_path, gates=None)
+    assert "warning: example.org/v1/Thing: 1 of its rules (CEL) are not checked" in capsys.readouterr().err
 
 
 def test_the_definitions_themselves_accept_what_we_render() -> None:

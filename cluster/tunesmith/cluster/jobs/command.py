@@ -1,0 +1,73 @@
+"""The command that a job runs, `tunesmith train` or `tunesmith sweep`, as a process whose output is passed on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import IO, Any
+
+
+class Command:
+    """`tunesmith …`, started. Every line that it prints is said."""
+
+    def __init__(self, arguments: list[str], secrets: Mapping[str, str], say: Callable[[str], None]) -> None:
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tunesmith.cluster.main", *arguments],
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            errors="replace",
+            env=os.environ | secrets,
+            preexec_fn=_end_with_me,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        self._out, self._said = _Reader(self._process.stdout, say), _Reader(self._process.stderr, say)
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def save(self) -> None:
+        """Tells it to save and stop."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        """Its exit code, when it has ended and all that it printed was said."""
+        self._process.wait()
+        self._out.join()
+        self._said.join()
+        return self._process.returncode
+
+    def answer(self) -> dict[str, Any]:
+        """The line of JSON with which a command that was given --json and has succeeded ends."""
+        return json.loads(self._out.last)
+
+
+class _Reader(threading.Thread):
+    """Says every line of a stream, until its end."""
+
+    def __init__(self, stream: IO[str], say: Callable[[str], None]) -> None:
+        super().__init__(daemon=True)
+        self._stream, self._say = stream, say
+        self.last = ""
+        self.start()
+
+    def run(self) -> None:
+        for line in self._stream:
+            self.last = line.rstrip("\n")
+            self._say(self.last)
+
+
+def _end_with_me() -> None:
+    """In the command, before it begins: if the driver dies, the kernel tells it to save and stop."""
+    import ctypes
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
