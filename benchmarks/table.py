@@ -29,8 +29,8 @@ COMPARISONS = """\
 | --- | --- | ---: | ---: | ---: | ---: |
 """
 STALLS = """\
-| | share of time | a save | checkpoint | a step |
-| --- | ---: | ---: | ---: | ---: |
+| saving | share of time | a save costs | training stands still | checkpoint | a step |
+| --- | ---: | ---: | ---: | ---: | ---: |
 """
 FIGURES = """\
 | | measured | times | aim |
@@ -76,8 +76,8 @@ def stall_row(line: dict[str, Any]) -> str:
     """A line of the second table, all medians."""
     cells = [
         line["what"], f"**{line['share']['median']:.2f} %**",
-        f"{line['save_seconds']['median']:.2f} s, {line['mb_per_second']['median']:.0f} MB/s",
-        f"{line['checkpoint_mb']:.0f} MB", f"{line['step_seconds']['median']:.2f} s",
+        f"{line['cost_seconds']['median']:.2f} s ({line['cost_seconds']['low']:.2f}–{line['cost_seconds']['high']:.2f})",
+        f"{line['stall_seconds']['median']:.2f} s", f"{line['checkpoint_mb']:.0f} MB", f"{line['step_seconds']['median']:.2f} s",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |\n"
 

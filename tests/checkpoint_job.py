@@ -3,7 +3,8 @@
 A stage comes in as a line of JSON on stdin, its results go out as one on stdout. torch and DeepSpeed are imported once;
 for every stage the ranks are forked, join a gloo group, build an engine around a small model, train, save and resume,
 and write down what they saw. `kill_at: [rank, k]` ends a rank by SIGKILL just before its k-th operation on files (open
-for writing, write, fsync, mkdir, rename, unlink) during the save of `kill_step`, or while it loads to resume.
+for writing, write, fsync, mkdir, rename, unlink) during the save of `kill_step`, in the background or not, or while it
+loads to resume.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,12 @@ class Stage:
     frozen: bool = False
     width: int = 8
     save_at: tuple[int, ...] = ()
+    behind_at: tuple[int, ...] = ()  # steps that are saved in the background
+    write_after: int | None = (
+        None  # a step before whose end no background write begins, and all are over before the next
+    )
+    fail_rank: int | None = None  # a rank whose disk is full in the first save in the background
+    end_at: tuple[int, int] | None = None  # a rank, and the step after which it is killed
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     keep: int = 2
     resume: str = "no"  # no | newest | best
@@ -150,20 +159,63 @@ def work(stage: Stage, rank: int, seen: dict[str, Any]) -> None:
             _Killer.armed = False
             seen["resumed"] = first
     seen["decay"] = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    gate = _Gate(store) if stage.write_after else None
+    about = {"note": "kept"}
     for step in range(first, stage.steps):
-        seen["losses"][step + 1] = train_step(engine, step)
-        if step + 1 in stage.save_at:
-            if step + 1 == stage.fence_step and rank == 0:
-                run.begin_attempt()
+        about["done"] = seen["losses"][step + 1] = train_step(engine, step)
+        settle_if_written(store)
+        seen["known"].append(store.last_saved)
+        if step + 1 == stage.fence_step and rank == 0:
+            run.begin_attempt()
+        if step + 1 in (*stage.save_at, *stage.behind_at) or store.owes_save:
             _Killer.armed = stage.kill_in == "save" and step + 1 == stage.kill_step
-            store.save(engine, step + 1, {"note": "kept"}, stage.metrics.get(str(step + 1)))
+            save = store.save_behind if step + 1 in stage.behind_at else store.save
+            save(engine, step + 1, about, stage.metrics.get(str(step + 1)))
             seen["saved"].append(step + 1)
-            _Killer.armed = False
+            if rank == stage.fail_rank and step + 1 == stage.behind_at[0]:
+                fill_disk(store)
+        _Killer.armed = _Killer.armed and store._behind is not None
+        if gate and step + 1 == stage.write_after:
+            gate.open()
+        if stage.end_at and tuple(stage.end_at) == (rank, step + 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+    store.settle()
+    store.close()
+    seen["threads"] = [thread.name for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
     seen["weights"] = weights_hash(engine)
     if stage.load_afterwards is not None:
         store.load(engine, run.checkpoints / f"step-{stage.load_afterwards:08d}")
         seen["again"] = {step + 1: train_step(engine, step) for step in range(stage.load_afterwards, stage.steps)}
         seen["weights_again"] = weights_hash(engine)
+
+
+def settle_if_written(store: CheckpointStore) -> None:
+    """As the loop does with the totals of a step."""
+    ready = torch.tensor(float(store.is_written))
+    dist.all_reduce(ready)
+    if ready == store.world:
+        store.settle()
+
+
+def fill_disk(store: CheckpointStore) -> None:
+    """Has this rank's files, which are not begun yet, be written to a device that is full."""
+    assert store._behind is not None
+    for path, _ in store._behind.files._copies:
+        path.symlink_to("/dev/full")
+
+
+class _Gate:
+    """Stands before the first background write, in the thread that would do it."""
+
+    def __init__(self, store: CheckpointStore) -> None:
+        self._store, self._open = store, threading.Event()
+        store._thread.submit(self._open.wait)
+
+    def open(self) -> None:
+        """Lets the write go, and waits for its end."""
+        self._open.set()
+        if self._store._behind is not None:
+            wait([self._store._behind.writing])
 
 
 class _Killer:
@@ -228,7 +280,7 @@ class _CountedFile:
 
 
 def rank_main(stage: Stage, rank: int, folder: Path) -> None:
-    seen: dict[str, Any] = {"losses": {}, "saved": [], "warnings": [], "resumed": None, "error": None}
+    seen: dict[str, Any] = {"losses": {}, "saved": [], "known": [], "warnings": [], "resumed": None, "error": None}
     try:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(stage.world))
         torch.set_num_threads(1)

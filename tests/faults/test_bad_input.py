@@ -88,6 +88,11 @@ IN_THE_RECIPE = [
         ["train.optimizer: adamw_8bit", "cluster.offload: cpu"],
         {"train.optimizer": "adamw_8bit", "cluster.zero": 2, "cluster.offload": "cpu"},
     ),
+    Case(
+        "shards on a disk in the background",
+        ["train.async_save: true does not go with cluster.offload: nvme", "offload: cpu"],
+        {"train.async_save": True, "cluster.zero": 3, "cluster.offload": "nvme", "cluster.nvme_path": "disk"},
+    ),
     peft("no type of PEFT", "bad.yaml:", "adaptation.config", "peft_type is missing", r=4),
     Case("a weight for one of two", ["1 of 2 sources"], {"data.train": [{"path": "a.jsonl", "weight": 1}, "b.jsonl"]}),
     Case("no target", ["target_modules", "at least one"], {"adaptation": {"kind": "lora", "target_modules": []}}),

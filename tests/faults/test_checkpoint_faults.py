@@ -17,12 +17,19 @@ from tunesmith.cluster.artifacts import verify
 from tunesmith.cluster.runs import RunFolder
 
 
-def _kill_at_every_step(stages: Stages, parent: Path, killed: int, **layout: int) -> None:  # noqa: F811
+def _kill_at_every_step(
+    stages: Stages,  # noqa: F811
+    parent: Path,
+    killed: int,
+    behind: bool = False,
+    **layout: int,
+) -> None:
     """Kills one rank before each file operation of the save of step 2 in turn, and resumes each time."""
     whole = stages.run(parent / "whole", 3, save_at=[1, 2, 3], keep=1, **layout)
+    saves = {"save_at": [1, 3], "behind_at": [2]} if behind else {"save_at": [1, 2, 3]}
     for k in range(1, 200):
         run = parent / str(k)
-        ranks = stages.run(run, 3, save_at=[1, 2, 3], keep=1, kill_at=[killed, k], **layout)
+        ranks = stages.run(run, 3, **saves, keep=1, kill_at=[killed, k], **layout)
         if "killed" not in ranks[killed]:
             assert k > (15 if killed == 0 else 3), "the save has more steps than that: nothing was killed"
             return
@@ -44,6 +51,17 @@ def test_a_kill_at_any_step_of_the_writer_leaves_a_whole_checkpoint(stages: Stag
 @pytest.mark.parametrize(("zero", "killed"), [(0, 0), (2, 0), (2, 1), (3, 0), (3, 1)])
 def test_so_does_a_kill_of_either_of_two_writers(stages: Stages, tmp_path: Path, zero: int, killed: int) -> None:  # noqa: F811
     _kill_at_every_step(stages, tmp_path, killed=killed, world=2, zero=zero)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("zero", "killed"), [(0, 0), (3, 0), (3, 1)])
+def test_so_does_a_kill_while_it_is_written_in_the_background(
+    stages: Stages,  # noqa: F811
+    tmp_path: Path,
+    zero: int,
+    killed: int,
+) -> None:
+    _kill_at_every_step(stages, tmp_path, killed=killed, behind=True, world=2, zero=zero)
 
 
 @pytest.mark.parametrize(

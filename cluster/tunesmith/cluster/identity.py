@@ -17,6 +17,7 @@ FREE = (
     "train.save_steps",
     "train.save_total_limit",
     "train.save_patience_s",
+    "train.async_save",
     "cluster.address",
     "cluster.timeout_s",
     "cluster.stall_s",

@@ -212,3 +212,8 @@ def test_what_may_be_searched_is_not_taken_for_keys_of_the_search():
     assert "tune.space" in keys
     assert "tune.trials" in keys
     assert not any(key.startswith("tune.space.") for key in keys)
+
+
+def test_trials_do_not_save_in_the_background(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"train\.async_save: true is for `tunesmith train`"):
+        load(tmp_path, searched("{choice: [1.0e-4, 2.0e-4]}") + "train: {async_save: true}\n")

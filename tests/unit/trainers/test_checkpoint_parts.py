@@ -8,8 +8,8 @@ from torch import nn
 
 from tunesmith.cluster.errors import CheckpointError, DiskFullError
 from tunesmith.cluster.storage import sha256_file
-from tunesmith.trainers.checkpoint import to_remove
 from tunesmith.trainers.checkpoint_files import SignedFiles, module_names, tensor_bytes
+from tunesmith.trainers.checkpoint_folder import to_remove
 
 
 def test_the_newest_and_the_best_are_kept() -> None:
@@ -28,6 +28,31 @@ def test_a_file_is_hashed_as_it_is_written_and_holds_only_what_is_needed(tmp_pat
     state = SignedFiles(tmp_path, ["kept"], files.files).load(str(tmp_path / "a.pt"))
     assert list(state["module"]) == ["kept"]
     assert state["module"]["kept"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_file_made_in_memory_is_the_one_that_would_have_been_written(tmp_path: Path) -> None:
+    shared = torch.arange(8.0)
+    state = {"module": {"kept": shared[2:4], "frozen": torch.zeros(9)}, "again": shared, "step": 3}
+    now, later = SignedFiles(tmp_path, ["kept"]), SignedFiles(tmp_path, ["kept"], in_memory=True)
+    now.save(state, str(tmp_path / "now.pt"))
+    later.save(state, str(tmp_path / "later.pt"))
+    shared.zero_()
+    state["step"] = 4
+    assert (later.files, (tmp_path / "later.pt").exists()) == ({}, False)
+    later.write_copies()
+    assert later.files["later.pt"] == now.files["now.pt"]
+    assert (tmp_path / "later.pt").read_bytes() == (tmp_path / "now.pt").read_bytes()
+    assert later.wanted == now.wanted
+
+
+def test_a_file_made_in_memory_whose_disk_is_full_is_told_with_its_bytes(tmp_path: Path) -> None:
+    files = SignedFiles(tmp_path, [], in_memory=True)
+    (tmp_path / "full.pt").symlink_to("/dev/full")
+    files.save({"weights": torch.zeros(1000)}, str(tmp_path / "full.pt"))
+    files.write_copies()
+    assert isinstance(files.error, DiskFullError)
+    assert files.wanted > 4000
+    assert files.files == {}
 
 
 def test_a_file_that_the_manifest_does_not_name_is_not_unpickled(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """Checkpoints as commits: `step-00000020/` is whole, or it is not there; a damaged one is set aside, never trusted.
 
-All methods of the store but `last_saved` are collective: every rank calls them, and every rank returns or raises the
-same. Rank 0 alone commits, sets aside and removes; files are written, hashed and checked by all ranks.
+All methods of the store but `is_written` and `close` are collective: every rank calls them, and every rank returns or
+raises the same. Rank 0 alone commits, sets aside and removes; files are written, hashed and checked by all ranks.
+
+A save in the background holds the state of its step because the files' bytes are made in host memory before training goes
+on (`SignedFiles`). A thread of each rank only moves them to disk; whatever is collective stays in the training thread.
 
 Nothing is kept of random generators: the loop derives them from the step's number.
 """
@@ -9,10 +12,11 @@ Nothing is kept of random generators: the loop derives them from the step's numb
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext, suppress
+from copy import deepcopy
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,10 +39,10 @@ from tunesmith.cluster.storage import (
     write_atomic,
 )
 from tunesmith.trainers.checkpoint_files import SignedFiles, module_names
+from tunesmith.trainers.checkpoint_folder import committed, measured, set_aside, to_remove
 from tunesmith.trainers.ranks import gather, on_first
 from tunesmith.trainers.reshard import converted, load_converted, weights_files
 
-_NAME = re.compile(r"step-(\d{8,})")
 _LIBRARIES = ("tunesmith", "torch", "deepspeed", "transformers", "peft", "bitsandbytes")
 _HYPERPARAMETERS = ("betas", "eps", "weight_decay")
 
@@ -49,6 +53,22 @@ class _Written(NamedTuple):
     files: dict[str, FileRecord]
     wanted: int
     error: TunesmithError | None
+
+    @classmethod
+    def of(cls, files: SignedFiles) -> _Written:
+        return cls(files.files, files.wanted, files.error)
+
+
+class _Behind(NamedTuple):
+    """A save whose files are being written in the background."""
+
+    step: int
+    final: Path
+    temporary: Path
+    extra: dict[str, Any]
+    files: SignedFiles
+    writing: Future[None]
+    hold: ExitStack
 
 
 class CheckpointStore:
@@ -79,10 +99,14 @@ class CheckpointStore:
         self.attempt, self.run, self.keep, self.patience_s = attempt, run, keep, patience_s
         self.last_saved: int | None = None
         """Step of the newest checkpoint known to be whole; None before the first."""
+        self.owes_save = False
+        """Whether a save in the background has failed, so that the step at hand is to be saved."""
         self.warnings: list[str] = []
         """What was found damaged, as sentences; rank 0 also leaves them in the run's folder for the user."""
         self._checked: dict[Path, Manifest] = {}
         """Those whose every file this store has read and found whole; what it wrote itself is read before it is used."""
+        self._behind: _Behind | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
 
     def save(self, engine: Any, step: int, about: Mapping[str, Any], metric: float | None = None) -> Path:
         """Commits a checkpoint of this step, and removes those no longer kept.
@@ -98,18 +122,80 @@ class CheckpointStore:
             StorageError: writing failed otherwise.
             FencedError: a newer attempt has taken over.
         """
-        final = self.folder / f"step-{step:08d}"
+        self.settle()
+        final = self._final(step)
         if step != self.last_saved:  # else it is asked for again
-            patiently(lambda: self._save(engine, final, step, about, metric), self.patience_s, self.tell)
+            extra = self._extra(engine, step, about, metric)
+            patiently(lambda: self._save(engine, final, extra), self.patience_s, self.tell)
             self.last_saved = step
+        self.owes_save = False
         return final
 
-    def _save(self, engine: Any, final: Path, step: int, about: Mapping[str, Any], metric: float | None) -> None:
-        temporary = on_first(lambda: self._begin(final))
-        written = gather(self._write(engine, temporary))
-        extra = {
+    def save_behind(self, engine: Any, step: int, about: Mapping[str, Any], metric: float | None = None) -> None:
+        """As `save`, but returns once the state is copied to host memory; files are written in the background, and the
+        first `settle` after that commits them.
+
+        At most one save is under way: an earlier one is settled first, and if it has failed, this one is a plain `save`.
+        """
+        self.settle()
+        if self.owes_save:
+            self.save(engine, step, about, metric)
+            return
+        final = self._final(step)
+        temporary = patiently(lambda: on_first(lambda: self._begin(final)), self.patience_s, self.tell)
+        extra, hold = self._extra(engine, step, about, metric), ExitStack()
+        files = SignedFiles(temporary, module_names(engine.module), in_memory=True)
+        if self.rank == 0:
+            hold.enter_context(held(temporary))
+        self._hand_over(engine, files)
+        writing = self._thread.submit(files.write_copies)
+        self._behind = _Behind(step, final, temporary, extra, files, writing, hold)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether a save is under way and this rank's files are on disk, or could not be written."""
+        return self._behind is not None and self._behind.writing.done()
+
+    def settle(self) -> None:
+        """Waits until the save that is under way, if any, is written, and commits it.
+
+        When a rank could not write its files, the user is warned, nothing of it is left, and `owes_save` says so.
+
+        Raises:
+            FencedError: a newer attempt has taken over.
+        """
+        behind, self._behind = self._behind, None
+        if behind is None:
+            return
+        with behind.hold:
+            behind.writing.result()
+            written = gather(_Written.of(behind.files))
+            try:
+                on_first(lambda: self._commit(behind.temporary, behind.final, written, behind.extra))
+            except StorageError as error:
+                self.tell(
+                    f"{behind.final.name} could not be written in the background: {error.what}; a later step is saved instead"
+                )
+                self.owes_save = True
+            else:
+                self.last_saved = behind.step
+
+    def close(self) -> None:
+        """Ends the background thread; what it was writing stays uncommitted."""
+        if self._behind is not None:
+            self._behind.files.is_given_up = True
+        self._thread.shutdown()
+        if self._behind is not None:
+            self._behind.hold.close()
+
+    def _final(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _extra(self, engine: Any, step: int, about: Mapping[str, Any], metric: float | None) -> dict[str, Any]:
+        """What the manifest says besides its files, now: what it is made of changes while training goes on."""
+        return {
             "kind": "checkpoint",
-            **about,
+            **deepcopy(dict(about)),
             "step": step,
             "world": self.world,
             "zero_stage": engine.zero_optimization_stage(),
@@ -118,6 +204,10 @@ class CheckpointStore:
             "versions": _versions(),
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+
+    def _save(self, engine: Any, final: Path, extra: Mapping[str, Any]) -> None:
+        temporary = on_first(lambda: self._begin(final))
+        written = gather(self._write(engine, temporary))
         on_first(lambda: self._commit(temporary, final, written, extra))
 
     def tell(self, text: str) -> None:
@@ -128,14 +218,16 @@ class CheckpointStore:
 
     def newest(self) -> tuple[Path, Manifest] | None:
         """The newest whole checkpoint; damaged ones on the way to it are set aside with a warning."""
-        found = self._first_whole(on_first(lambda: [path for _, path in reversed(_committed(self.folder))]))
+        self.settle()
+        found = self._first_whole(on_first(lambda: [path for _, path in reversed(committed(self.folder))]))
         if found is not None:
             self.last_saved = found[1].about["step"]
         return found
 
     def best(self) -> Path | None:
         """The whole checkpoint with the lowest metric (the earliest of equals); None if none was measured."""
-        found = self._first_whole(on_first(lambda: [path for _, _, path in sorted(_measured(self.folder))]))
+        self.settle()
+        found = self._first_whole(on_first(lambda: [path for _, _, path in sorted(measured(self.folder))]))
         return found[0] if found else None
 
     def load(self, engine: Any, path: Path) -> dict[str, Any]:
@@ -148,6 +240,7 @@ class CheckpointStore:
             CheckpointError: the checkpoint is damaged, was made under another ZeRO stage or, unless the run is elastic, by
                 another number of workers, or does not fit the model.
         """
+        self.settle()
         manifest = self._checked.get(path) or self._check(path)
         about = manifest.about
         layout = (self.world, engine.zero_optimization_stage())
@@ -186,13 +279,9 @@ class CheckpointStore:
 
     def _write(self, engine: Any, temporary: Path) -> _Written:
         files = SignedFiles(temporary, module_names(engine.module))
-        engine.checkpoint_engine = files
-        engine._copy_recovery_script = lambda save_path: None  # it would be copied beside the checkpoints, uncommitted
         with held(temporary) if self.rank == 0 else nullcontext():
             try:
-                engine.save_checkpoint(
-                    str(temporary.parent), tag=temporary.name, save_latest=False, exclude_frozen_parameters=True
-                )
+                self._hand_over(engine, files)
                 files.sign_folder(temporary / "offloaded_tensors" / f"rank{self.rank:02d}")
             except OSError as error:
                 # Only its copy of NVMe shards can raise past its first barrier; two collectives of it are still due.
@@ -200,7 +289,15 @@ class CheckpointStore:
                 if engine._optimizer_has_ckpt_event_epilogue():
                     engine.optimizer.checkpoint_event_epilogue()
                 dist.barrier()
-        return _Written(files.files, files.wanted, files.error)
+        return _Written.of(files)
+
+    def _hand_over(self, engine: Any, files: SignedFiles) -> None:
+        """Has DeepSpeed gather the state and give it to `files`."""
+        engine.checkpoint_engine = files
+        engine._copy_recovery_script = lambda save_path: None  # it would be copied beside the checkpoints, uncommitted
+        engine.save_checkpoint(
+            str(files.folder.parent), tag=files.folder.name, save_latest=False, exclude_frozen_parameters=True
+        )
 
     def _commit(self, temporary: Path, final: Path, written: Sequence[_Written], extra: Mapping[str, Any]) -> None:
         try:
@@ -217,12 +314,12 @@ class CheckpointStore:
         self._retain()
 
     def _retain(self) -> None:
-        measured = _measured(self.folder)
-        steps = [step for step, _ in _committed(self.folder)]
-        for step in to_remove(steps, [(metric, step) for metric, step, _ in measured], self.keep):
+        scored = measured(self.folder)
+        steps = [step for step, _ in committed(self.folder)]
+        for step in to_remove(steps, [(metric, step) for metric, step, _ in scored], self.keep):
             discard(self.folder / f"step-{step:08d}")
-        if measured:
-            metric, step, path = min(measured)
+        if scored:
+            metric, step, path = min(scored)
             write_atomic(self.run.best, json.dumps({"checkpoint": path.name, "step": step, "metric": metric}))
 
     def _first_whole(self, candidates: Iterable[Path]) -> tuple[Path, Manifest] | None:
@@ -233,7 +330,7 @@ class CheckpointStore:
                 found = path, self._checked.get(path) or self._check(path)
                 break
             except CheckpointError as error:
-                aside = on_first(lambda path=path: _set_aside(path))
+                aside = on_first(lambda path=path: set_aside(path))
                 self._checked.pop(path, None)
                 damaged.append(f"checkpoint {path.name} is damaged ({error.what}) and was set aside as {aside.name}")
         used = f"{found[0].name} is used instead" if found else "no whole checkpoint is left"
@@ -257,45 +354,6 @@ class CheckpointStore:
                 raise error
         self._checked[path] = manifest
         return manifest
-
-
-def to_remove(steps: Sequence[int], measured: Sequence[tuple[float, int]], keep: int) -> list[int]:
-    """Which checkpoints are no longer kept: all but the newest `keep` and the best, by `(metric, step)`."""
-    best = {min(measured)[1]} if measured else set()
-    return sorted(set(steps) - set(sorted(steps)[-keep:]) - best)
-
-
-def _committed(folder: Path) -> list[tuple[int, Path]]:
-    """`(step, path)` of every committed checkpoint, oldest first; whole or not."""
-    found = [(match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
-    return sorted((int(match[1]), path) for match, path in found)
-
-
-def _measured(folder: Path) -> list[tuple[float, int, Path]]:
-    """`(metric, step, path)` of every checkpoint whose manifest can be read and names a metric."""
-    found = []
-    for step, path in _committed(folder):
-        try:
-            metric = read_manifest(path).about.get("metric")
-        except CheckpointError:
-            continue  # whoever comes to use it sets it aside
-        if metric is not None and metric == metric:
-            found.append((metric, step, path))
-    return found
-
-
-def _set_aside(path: Path) -> Path:
-    """Renames a damaged checkpoint so that nothing takes it for one."""
-    aside = path.with_name(f"quarantined-{path.name}")
-    count = 1
-    while aside.exists():
-        count += 1
-        aside = path.with_name(f"quarantined-{path.name}-{count}")
-    try:
-        path.rename(aside)
-    except OSError as error:
-        raise StorageError(f"{path}: damaged, and cannot be set aside: {error.strerror or error}") from error
-    return aside
 
 
 def _hyperparameters(engine: Any) -> list[dict[str, Any]]:

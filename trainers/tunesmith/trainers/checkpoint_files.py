@@ -1,14 +1,16 @@
 """How DeepSpeed's checkpoint files reach the disk and come back: through its pluggable CheckpointEngine.
 
 Writing never raises, because DeepSpeed follows each file with a barrier that the other ranks are already in: what went
-wrong is kept and told to all ranks afterwards. Files are hashed as they are written. Only files that a manifest names
-and whose hash was checked are read, because reading them unpickles.
+wrong is kept and told to all ranks afterwards. Files are hashed as they are written. Files may be made in host memory
+first: their bytes then are those of the moment, and a thread writes them while training changes what they were made of.
+Only files that a manifest names and whose hash was checked are read, because reading them unpickles.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +30,27 @@ class SignedFiles(CheckpointEngine):
         module_names: names of the trainable parameters and the buffers: all that the module's state is reduced to.
             Frozen weights come from the base model, whose digest the run's identity holds.
         readable: the files whose hashes were checked, by relative path.
+        in_memory: whether files are made in host memory, and wait there for `write_copies`.
     """
 
-    def __init__(self, folder: Path, module_names: Iterable[str], readable: Iterable[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, module_names: Iterable[str], readable: Iterable[str] = (), in_memory: bool = False
+    ) -> None:
         super().__init__()
         self.name = "SignedFiles"
         self.folder = folder
         self.module_names = set(module_names)
         self.readable = set(readable)
+        self.in_memory = in_memory
         self.files: dict[str, FileRecord] = {}
         self.wanted = 0
         """Bytes that this rank had to write, whether or not they fitted."""
         self.error: TunesmithError | None = None
         self.found_names: set[str] = set()
         """Names of the module's state that was read."""
+        self.is_given_up = False
+        """Set from another thread, ends `write_copies` early: nobody will commit."""
+        self._copies: deque[tuple[Path, _Copy]] = deque()
 
     def create(self, info: CheckpointCommitInfo) -> None:
         """Nothing: the folder is there already."""
@@ -53,13 +62,25 @@ class SignedFiles(CheckpointEngine):
         """Nothing: the store commits, when all ranks have written."""
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Writes one file, keeping rather than raising what goes wrong."""
+        """Writes one file, keeping rather than raising what goes wrong; or makes it in memory."""
         if "module" in state_dict:
             kept = {name: value for name, value in state_dict["module"].items() if name in self.module_names}
             state_dict = {**state_dict, "module": kept}
-        self._write(Path(path), state_dict, tensor_bytes(state_dict))
+        if self.in_memory:
+            copy = _Copy()
+            torch.save(state_dict, copy)  # pyright: ignore[reportArgumentType] - as below
+            self._copies.append((Path(path), copy))
+        else:
+            # It writes and flushes, no more is asked of the file.
+            self._write(Path(path), tensor_bytes(state_dict), lambda file: torch.save(state_dict, file))  # pyright: ignore[reportArgumentType]
 
-    def _write(self, path: Path, value: Any, expected: int) -> None:
+    def write_copies(self) -> None:
+        """Writes the files that were made in memory, and frees each part of them with its writing."""
+        while self._copies and not self.is_given_up:
+            path, copy = self._copies.popleft()
+            self._write(path, copy.length, lambda file, copy=copy: copy.pour(file, self))
+
+    def _write(self, path: Path, expected: int, pour: Callable[[_Patient], None]) -> None:
         free = free_bytes(self.folder)
         if self.error is not None or free < expected:
             self.wanted += expected
@@ -70,7 +91,7 @@ class SignedFiles(CheckpointEngine):
         except OSError as error:
             self.keep(path, error, expected)
             return
-        torch.save(value, file)  # pyright: ignore[reportArgumentType] - it writes and flushes, no more is asked of it
+        pour(file)
         self.wanted += file.length
         try:
             self.files[path.relative_to(self.folder).as_posix()] = file.finish()
@@ -140,6 +161,28 @@ class _Patient:
             self._file.abandon()
             raise self._error
         return self._file.close()
+
+
+class _Copy:
+    """A file in host memory: the very bytes that torch.save would have written to disk, one copy of them."""
+
+    def __init__(self) -> None:
+        self._parts: deque[bytes] = deque()
+        self.length = 0
+
+    def write(self, data: Any) -> int:
+        part = bytes(data)
+        self._parts.append(part)
+        self.length += len(part)
+        return len(part)
+
+    def flush(self) -> None:
+        """Nothing: it is in memory."""
+
+    def pour(self, file: _Patient, owner: SignedFiles) -> None:
+        """Moves the bytes to a file, unless they are given up meanwhile."""
+        while self._parts and not owner.is_given_up:
+            file.write(self._parts.popleft())
 
 
 def module_names(module: torch.nn.Module) -> set[str]:

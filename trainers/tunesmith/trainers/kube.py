@@ -20,7 +20,7 @@ from tunesmith.cluster.recipe.schema import Recipe, Workers
 from tunesmith.cluster.resources import Node
 from tunesmith.trainers.admission import NOMINAL_FLOPS
 from tunesmith.trainers.elastic import at, worlds
-from tunesmith.trainers.memory.choose import offloaded_bytes
+from tunesmith.trainers.memory.choose import host_bytes
 from tunesmith.trainers.memory.geometry import geometry
 from tunesmith.trainers.memory.overhead import PROCESS
 from tunesmith.trainers.memory.plan import Plan, make_plan, refuse_what_cannot_fit
@@ -175,7 +175,7 @@ def _pods(recipe: Recipe, fleet: Fleet, plans: Sequence[Plan]) -> tuple[int, Pod
 
 def _host_bytes(plan: Plan) -> float:
     """Host memory of one worker that computes on a GPU."""
-    return PROCESS + CUDA_HOST + offloaded_bytes(plan.prediction)
+    return PROCESS + CUDA_HOST + host_bytes(plan.prediction)
 
 
 def _whole_model(plan: Plan) -> float:

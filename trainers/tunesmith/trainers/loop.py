@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,8 @@ class Trainer:
             train.save_patience_s,
             self.written.cluster.is_elastic,
         )
-        self.parity_rows, self.save_steps = recipe.eval.parity_rows, train.save_steps
+        self.parity_rows = recipe.eval.parity_rows
+        self.save_steps, self.saves_behind = train.save_steps, train.async_save
         require_installed(recipe.output.report_to)
         if (error := unread_error(self.written)) is not None:
             raise error
@@ -169,27 +171,30 @@ class Trainer:
     def run(self) -> Outcome:
         """Trains to the end, or until it is asked to stop."""
         self.set_up()
-        self.resume()
-        if self.device.type == "cuda":
-            self.probe_memory()
-        self.open_books()
-        if self.progress.step == 0 and self.held_out:
-            self.log({"step": 0, "eval_loss": self.held_out_loss(self.held_out)})
-        self.engine.train()
-        while self.progress.step < self.total_steps and not self.is_out_of_patience():
-            with self.meter.step():
-                record, must_stop = self.step()
-            is_best = self.evaluate_if_due(record)
-            is_last = self.progress.step == self.total_steps or self.is_out_of_patience()
-            self.log(record)
-            if is_best or is_last or must_stop or self.progress.step % self.save_steps == 0:
-                self.save(record.get("eval_loss"))
-            if must_stop and not is_last:
-                self.close_logs()
-                return Outcome(finished=False, step=self.progress.step)
-        if self.use_best and (best := self.checkpoints.best()) is not None:
-            self.checkpoints.load(self.engine, best)
-        return Outcome(finished=True, step=self.progress.step, metrics=self.finish())
+        with closing(self.checkpoints):
+            self.resume()
+            if self.device.type == "cuda":
+                self.probe_memory()
+            self.open_books()
+            if self.progress.step == 0 and self.held_out:
+                self.log({"step": 0, "eval_loss": self.held_out_loss(self.held_out)})
+            self.engine.train()
+            while self.progress.step < self.total_steps and not self.is_out_of_patience():
+                with self.meter.step():
+                    record, must_stop = self.step()
+                is_best = self.evaluate_if_due(record)
+                is_last = self.progress.step == self.total_steps or self.is_out_of_patience()
+                self.log(record)
+                if is_best or is_last or must_stop or self.checkpoints.owes_save:
+                    self.save(record.get("eval_loss"))
+                elif self.progress.step % self.save_steps == 0:
+                    self.save(record.get("eval_loss"), behind=self.saves_behind)
+                if must_stop and not is_last:
+                    self.close_logs()
+                    return Outcome(finished=False, step=self.progress.step)
+            if self.use_best and (best := self.checkpoints.best()) is not None:
+                self.checkpoints.load(self.engine, best)
+            return Outcome(finished=True, step=self.progress.step, metrics=self.finish())
 
     def probe_memory(self) -> None:
         """Takes the memory of the run's largest batches, so that what does not fit fails before step one."""
@@ -240,8 +245,8 @@ class Trainer:
         rate = self.schedule.learning_rate(index)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        # loss, router loss, broken gradients, asked to stop, digest of the examples, pace of each worker
-        totals = torch.zeros(5 + self.world, dtype=torch.float64)
+        # loss, router loss, broken gradients, asked to stop, digest of the examples, checkpoint written, pace of each worker
+        totals = torch.zeros(6 + self.world, dtype=torch.float64)
         broken: list[int] = []
         for micro in range(self.accumulation):
             batch = self.micro_batch(plan, micro, max(1.0, labels))
@@ -256,9 +261,12 @@ class Trainer:
                 self.engine.step()  # counts the micro-batch; the update comes at the boundary
         totals[2] = bool(broken)
         totals[3] = self.rank == 0 and self.run_folder.stop_requested(self.job.attempt)
-        totals[5 + self.rank] = self.pace.take()
+        totals[5] = self.checkpoints.is_written
+        totals[6 + self.rank] = self.pace.take()
         totals = self.sum_over_workers(totals)
-        self.paces.note(totals[5:].tolist(), self.checkpoints.tell)
+        self.paces.note(totals[6:].tolist(), self.checkpoints.tell)
+        if totals[5] == self.world or totals[2]:
+            self.checkpoints.settle()
         if totals[2]:
             raise self.non_finite(index, broken)
         plain_norm = norm_before_step(self.engine)
@@ -344,6 +352,7 @@ class Trainer:
         """
         loss = held_out.loss(self.engine, self.device, self.moved)
         if not math.isfinite(loss):
+            self.checkpoints.settle()
             raise NonFiniteError(
                 f"the held-out loss after step {self.progress.step} is {loss}, although every step was finite",
                 "Look at the rows of the validation split; the checkpoints before this step are whole.",
@@ -354,8 +363,8 @@ class Trainer:
         """Whether the held-out loss has not improved for too long."""
         return self.patience is not None and self.progress.evaluations_without_gain >= self.patience
 
-    def save(self, eval_loss: float | None) -> None:
-        """Commits a checkpoint of this step."""
+    def save(self, eval_loss: float | None, behind: bool = False) -> None:
+        """Commits a checkpoint of this step, now or, in the background, at a later one."""
         about = {
             "progress": vars(self.progress),
             "zero": zero.stage(self.recipe.cluster),
@@ -364,7 +373,8 @@ class Trainer:
             "elastic": self.written.cluster.is_elastic,
             "data_hash": self.data.fingerprint,
         }
-        self.checkpoints.save(self.engine, self.progress.step, about, eval_loss)
+        save = self.checkpoints.save_behind if behind else self.checkpoints.save
+        save(self.engine, self.progress.step, about, eval_loss)
 
     def log(self, record: dict[str, Any]) -> None:
         """Writes a line of metrics."""

@@ -18,9 +18,11 @@ import yaml
 from tunesmith.cluster.errors import ModelError, ResourceError
 from tunesmith.cluster.fleet import GIB, parse_fleet
 from tunesmith.cluster.fleet_file import load_fleets
+from tunesmith.cluster.fleet_machine import of_cpus
 from tunesmith.cluster.recipe.load import load_recipe
 from tunesmith.cluster.recipe.schema import Recipe
-from tunesmith.trainers.memory.choose import changed
+from tunesmith.cluster.resources import Node
+from tunesmith.trainers.memory.choose import changed, host_bytes
 from tunesmith.trainers.memory.geometry import geometry
 from tunesmith.trainers.memory.plan import Plan, make_plan, refuse_what_cannot_fit
 
@@ -140,6 +142,26 @@ def test_what_does_not_fit_is_refused_with_changes_that_do() -> None:
         again = plan(changed(found.recipe, changes), fleet)
         assert again.prediction.fits, one.changes
         assert again.prediction.total == one.prediction.total, one.changes
+
+
+def test_saving_in_the_background_takes_the_memory_of_a_worker_on_cpus_or_of_the_host_of_a_gpu() -> None:
+    asked = recipe("HuggingFaceTB/SmolLM2-135M", data={"max_length": 128}, cluster={"workers": 2, "zero": 2})
+    behind = changed(asked, {"train.async_save": True})
+    model = geometry(asked.model.base, "runs")
+
+    def on_cpus(written: Recipe, memory_gib: float = 64.0) -> Plan:
+        return make_plan(written, model, of_cpus(Node(cpus=2, memory_gib=memory_gib), 2, flops=1e11))
+
+    plain, copying = on_cpus(asked), on_cpus(behind)
+    parameters = plain.prediction.trainable
+    assert copying.prediction.parts["checkpoint copy"] == (4 + 12 / 2) * parameters
+    assert copying.prediction.total - plain.prediction.total == (4 + 12 / 2) * parameters
+    tight = on_cpus(behind, (plain.prediction.total + copying.prediction.total) / GIB)
+    assert not tight.prediction.fits
+    assert {"train.async_save": False} in [one.changes for one in tight.alternatives]
+    beside, without = plan(behind, "2xL4").prediction, plan(asked, "2xL4").prediction
+    assert beside.total == without.total
+    assert host_bytes(beside) - host_bytes(without) == (2 + 12 / 2) * parameters
 
 
 def test_auto_takes_what_fits_and_is_fast() -> None:

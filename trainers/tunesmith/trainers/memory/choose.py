@@ -48,7 +48,7 @@ class Alternative:
         gpus: of the fleet that it needs.
         gpu_seconds: for a million tokens.
         costs: times what the recipe itself would cost if it fitted.
-        host_gib: host memory that each GPU needs for what is offloaded, in GiB.
+        host_gib: host memory that each GPU needs, in GiB: for what is offloaded, and for saving in the background.
     """
 
     changes: dict[str, Any]
@@ -182,6 +182,8 @@ def _ladders(planner: Planner, recipe: Recipe) -> Iterator[list[dict[str, Any]]]
     rows = train.per_device_train_batch_size
     if sharded:
         yield [sharded]
+    if train.async_save and planner.fleet.gpu.is_cpu:  # where the copy takes the workers' own memory
+        yield [{"train.async_save": False}]
     if checkpointing:
         yield [checkpointing, *([{**checkpointing, **sharded}] if sharded else [])]
     if isinstance(rows, int) and rows > 1:
@@ -215,17 +217,17 @@ def _larger_fleet(planner: Planner, choice: Choice, asked: float) -> Alternative
 
 def _alternative(changes: dict[str, Any], prediction: Prediction, asked: float) -> Alternative:
     seconds = _gpu_seconds(prediction)
-    host = offloaded_bytes(prediction) / 2**30
+    host = host_bytes(prediction) / 2**30
     return Alternative(changes, prediction, prediction.workers, seconds, seconds / asked, host)
 
 
-def offloaded_bytes(prediction: Prediction) -> float:
-    """Host memory that each worker needs for what is offloaded to it."""
+def host_bytes(prediction: Prediction) -> float:
+    """Host memory that each worker on a GPU needs for what is offloaded to it and for saving in the background."""
     engine = prediction.engine
     if engine is None or engine.offload != "cpu":
-        return 0.0
+        return prediction.host_copy
     sharded_weights = prediction.parameters * engine.item if engine.stage == 3 else 0
-    return (16 * prediction.trainable + sharded_weights) / prediction.workers
+    return prediction.host_copy + (16 * prediction.trainable + sharded_weights) / prediction.workers
 
 
 def _gpu_seconds(prediction: Prediction) -> float:

@@ -22,7 +22,7 @@ from tunesmith.trainers.memory.geometry import Geometry
 from tunesmith.trainers.memory.overhead import overhead
 from tunesmith.trainers.memory.remembered import recall, remember
 from tunesmith.trainers.memory.roofline import StepTime, Work, step_time
-from tunesmith.trainers.memory.shard import ADAPTER, GATHERED, Engine, shard
+from tunesmith.trainers.memory.shard import ADAPTER, COPY, GATHERED, Engine, checkpoint_part, shard
 from tunesmith.trainers.memory.simulate import (
     GRADIENTS,
     WEIGHTS,
@@ -52,6 +52,7 @@ class Prediction:
         capacity: bytes that the device has.
         workers: GPUs, or processes on CPUs.
         parameters, trainable, added: numbers in the model, in training, and brought by an adapter.
+        host_copy: bytes of host memory beside a GPU that a save in the background takes.
     """
 
     windows: dict[str, Bytes]
@@ -64,6 +65,7 @@ class Prediction:
     work: Work
     time: StepTime
     engine: Engine | None
+    host_copy: int = 0
     checkpoint_mixed: bool = True
     whole_model: bool = True
 
@@ -142,6 +144,10 @@ class Planner:
         if self.as_hf and workers > 1 and engine.stage == 0:
             for parts in windows.values():  # the buckets of DistributedDataParallel are as large as the gradients
                 parts[GRADIENTS] += simulation.trainable * engine.item
+        copied = checkpoint_part(simulation.trainable, engine) if recipe.train.async_save and not self.as_hf else 0
+        if copied and not on_gpu:
+            for parts in windows.values():
+                parts[COPY] += copied
         work = _work(recipe, simulation, self.model.config, engine, rows, length)
         fleet = self.fleet if workers == self.fleet.gpus or not on_gpu else _with(self.fleet, workers)
         worst = max(windows.values(), key=Counter.total)
@@ -156,6 +162,7 @@ class Planner:
             work=work,
             time=step_time(work, fleet),
             engine=None if plain else engine,
+            host_copy=copied if on_gpu else 0,
             checkpoint_mixed=number_format != "fp32",
             whole_model=isinstance(recipe.adaptation, Full),
         )

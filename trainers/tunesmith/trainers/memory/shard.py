@@ -14,7 +14,7 @@ from tunesmith.trainers import zero
 from tunesmith.trainers.memory.simulate import AFTER, GRADIENTS, OPTIMIZER, WEIGHTS, Keeping, Simulation
 from tunesmith.trainers.memory.tracker import ACTIVATIONS, Bytes
 
-ADAPTER, GATHERED, BUCKETS = "adapter", "gathered window", "buckets"
+ADAPTER, GATHERED, BUCKETS, COPY = "adapter", "gathered window", "buckets", "checkpoint copy"
 
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0 * (1 + 4 / 256)}
 """Bytes of AdamW's two moments for each trained parameter: fp32, or 8 bits with an fp32 scale for each 256."""
@@ -64,6 +64,14 @@ class Engine:
     def sums_in_fp32(self) -> bool:
         """Whether DeepSpeed's bf16 optimizer is at work, which has 16-bit gradients beside their fp32 sum."""
         return self.stage == 1 and self.item == 2
+
+
+def checkpoint_part(trainable: int, engine: Engine) -> int:
+    """Bytes that the first worker writes of a checkpoint, the most of all: the weights, which ZeRO-3 alone leaves to the
+    shards, and the optimizer's state, from ZeRO-1 on its shard of it and of the fp32 master weights."""
+    weights = engine.item * trainable if engine.stage < 3 else 0
+    moments = MOMENTS[engine.optimizer]
+    return round(weights + (moments if engine.stage == 0 else (4 + moments) / engine.workers) * trainable)
 
 
 def shard(simulation: Simulation, engine: Engine) -> dict[str, Bytes]:
