@@ -29,10 +29,10 @@ from tunesmith.cluster.jobs import secrets
 from tunesmith.cluster.jobs.book import NOTE_S, OWED_S, Book
 from tunesmith.cluster.jobs.command import Command
 from tunesmith.cluster.jobs.desk import Answer, find_desk
-from tunesmith.cluster.jobs.spec import METADATA_KEY, STOP_GRACE_S, JobSpec
+from tunesmith.cluster.jobs.spec import METADATA_KEY, JobSpec
 from tunesmith.cluster.jobs.states import FAILED, SAVED, ending
 from tunesmith.cluster.jobs.versions import differences, here
-from tunesmith.cluster.patience import patiently
+from tunesmith.cluster.patience import STOP_GRACE_S, patiently
 from tunesmith.cluster.progress import StepState
 from tunesmith.cluster.queue.state import Job
 from tunesmith.cluster.recipe.load import load_recipe
