@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from tunesmith.cluster.metrics import read_metrics
@@ -154,6 +155,16 @@ def processes_below(pid: int) -> list[int]:
         int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
     ]
     return [found for child in children for found in (child, *processes_below(child))]
+
+
+def listening(pids: list[int]) -> list[str]:
+    """Addresses on which any of these processes accepts connections."""
+    return [
+        connection.laddr.ip
+        for pid in pids
+        for connection in psutil.Process(pid).net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
 
 
 def wait_for_end_of(pids: list[int], patience_s: float = 30) -> None:

@@ -286,6 +286,9 @@ def test_when_the_command_is_killed_ray_and_the_workers_end_too(bench: Bench, st
     command.wait_for_step(run, 2)
     begun = small_runs.processes_below(command.process.pid)
     assert set(begun) >= {small_runs.worker_pid(run, rank) for rank in (0, 1)}
+    addresses = set(small_runs.listening(begun))
+    assert addresses <= {"127.0.0.1", "::ffff:127.0.0.1"}, "nobody else may reach the run"
+    assert addresses
     command.signal_group(signal.SIGKILL)
     command.finish()
     small_runs.wait_for_end_of(begun, patience_s=300)  # two agents of Ray's notice after a minute and a half

@@ -18,6 +18,8 @@ from langchain_openai import ChatOpenAI
 from openai import OpenAI
 from serving_service import QUESTION, RANKS, Service, oracle
 
+from tunesmith.cluster.errors import UsageError
+from tunesmith.serving.chat import talk
 from tunesmith.serving.config import Limits
 
 PROMPT = [5, 9, 30, 31, 32, 40]
@@ -47,6 +49,23 @@ def test_langchain(service: Service) -> None:
     assert whole.usage_metadata["output_tokens"] <= 16
     assert "".join(str(chunk.content) for chunk in chat.stream("What is it?")) == whole.content
     assert [one.content for one in chat.batch(["What is it?"] * 3)] == [whole.content] * 3
+
+
+def test_chat_in_the_terminal(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    said = ["/model nobody", "/foo", "/model medium", "What is it?", "/quit", "never said"]
+    talk(service.url, service.key, "small", [f"{line}\n" for line in said])
+    shown = capsys.readouterr()
+    assert shown.out.strip()
+    notes = shown.err.splitlines()
+    assert notes[0].startswith("nobody: there are tiny, ")
+    assert notes[1:] == ["there is no /foo; /help shows what there is", "now with medium"]
+    for key, model, wrong in (
+        (None, "small", "no API key was given"),
+        ("ts-nonsense", "small", "401 - this API key is not known"),
+        (service.key, "smal", "smal is not served; there are tiny, "),
+    ):
+        with pytest.raises(UsageError, match=wrong):
+            talk(service.url, key, model, [])
 
 
 def test_lm_eval_scores_prompts_of_token_ids(service: Service) -> None:

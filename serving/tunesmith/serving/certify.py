@@ -60,9 +60,16 @@ class Service:
                 f"{self._client.base_url}: nothing answers there ({type(error).__name__})", "Is `tunesmith serve` up?"
             ) from error
         if response.status_code != 200:
-            said = response.text[:300]
-            raise UsageError(f"{method} {path}: {response.status_code}: {said}")
+            raise UsageError(f"{self._client.base_url}: {response.status_code}: {_said(response)}")
         return response.json(), dict(response.headers)
+
+
+def _said(response: httpx.Response) -> str:
+    """The message of a refusal; the beginning of what another server sent in its place."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:300]
 
 
 def certify(artifact: Path, service: Service, model: str, base: str | None) -> ServedReceipt:

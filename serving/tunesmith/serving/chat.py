@@ -80,7 +80,7 @@ class Chat:
         except KeyboardInterrupt:
             self._note("\n(stopped)")
         except APIError as error:
-            self._note(f"{getattr(error, 'status_code', 'the answer broke off')}: {error.message}")
+            self._note(error.message if isinstance(error, APIStatusError) else f"the answer broke off: {error.message}")
             return
         self._say("\n")
         self._messages = [*asked, {"role": "assistant", "content": answer}]
@@ -101,7 +101,8 @@ def talk(url: str, key: str | None, model: str, lines: Iterable[str] | None = No
     except APIConnectionError as error:
         raise UsageError(f"{url}: nothing answers there", "Is `tunesmith serve` up? --url names another.") from error
     except APIStatusError as error:
-        raise UsageError(f"{url}: {error.status_code}: {error.message}", "Give a key in TUNESMITH_API_KEY.") from error
+        said = error.message if key else "no API key was given"
+        raise UsageError(f"{url}: {said}", "Give a key in TUNESMITH_API_KEY.") from error
     if model not in models and "@" not in model:
         raise UsageError(f"{model} is not served; there are {', '.join(models) or 'none'}")
 

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -33,8 +33,8 @@ def run(path: Path, as_json: bool) -> None:
     config = load_config(path)
     check(config)
     stop, up = threading.Event(), threading.Event()
-    # again once Ray is up: its own handler of SIGTERM, which prints a stack, has taken the place of the first
-    with signals(stop, up), started(config) as url, signals(stop, up):
+    with signals(stop, up) as take, started(config) as url:
+        take()  # again: Ray's own handler of SIGTERM, which prints a stack, has come before it
         up.set()
         if as_json:
             print_json({"url": url, "models": names(config)})
@@ -130,8 +130,8 @@ def check_room(config: Serve, nodes: Sequence[Node]) -> None:
 
 
 @contextmanager
-def signals(stop: threading.Event, up: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM set the event; a second one ends the process at once.
+def signals(stop: threading.Event, up: threading.Event) -> Iterator[Callable[[], None]]:
+    """SIGINT and SIGTERM set the event; a second one ends the process at once. Yields what takes them over again.
 
     Args:
         up: whether the service runs; until then the first one interrupts what the block waits for.
@@ -146,9 +146,14 @@ def signals(stop: threading.Event, up: threading.Event) -> Iterator[None]:
         if not up.is_set():
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before: dict[int, Any] = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
+    def take() -> None:
+        for number in before:
+            signal.signal(number, told)
+
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    take()
     try:
-        yield
+        yield take
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -38,13 +38,17 @@ def test_workers_that_say_nothing_are_given_up(silent: Watchman):
 
 
 def test_nobody_is_given_up_while_storage_fails(silent: Watchman, monkeypatch: pytest.MonkeyPatch):
-    def fails(*_: Any, **__: Any) -> Any:
-        raise OSError(5, "Input/output error")
+    really_open = Path.open
+
+    def full(path: Path, mode: str = "r", *arguments: Any, **settings: Any) -> Any:
+        if "a" in mode:
+            raise OSError(28, "No space left on device")
+        return really_open(path, mode, *arguments, **settings)
 
     with monkeypatch.context() as failing:
-        failing.setattr(Path, "open", fails)
+        failing.setattr(Path, "open", full)
         assert look(silent, 5) == [
-            "storage fails: [Errno 5] Input/output error; whether the workers hang cannot be told meanwhile"
+            "storage fails: [Errno 28] No space left on device; whether the workers hang cannot be told meanwhile"
         ]
     assert silent.stall is None
     assert "attempt 1 hangs" in look(silent, 1)[0]

@@ -22,7 +22,7 @@ from tunesmith.cluster.runs import RunFolder
 
 @dataclass
 class Rendezvous(BackendConfig):
-    """Gives each worker the environment that `torch.distributed.init_process_group("env://")` reads.
+    """Gives each worker the environment in which torch's distributed workers begin: who it is, and where they meet.
 
     Attributes:
         run: the run's folder; a worker that is told to end (SIGTERM) asks all of them to save and stop.

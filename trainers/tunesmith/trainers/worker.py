@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,6 +18,8 @@ from tunesmith.trainers.heartbeat import Heartbeat
 from tunesmith.trainers.outcome import AttemptOutcome, write_outcome
 
 if TYPE_CHECKING:
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
+
     from tunesmith.trainers.loop import Outcome
 
 LOST_PEER_SIGNS = (
@@ -89,11 +92,31 @@ def _train(settings: dict[str, Any], moved: Callable[[], None]) -> Outcome:
     )
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, init_method="env://", timeout=timedelta(seconds=settings["timeout_s"]))
+    timeout, rank, world = (
+        timedelta(seconds=settings["timeout_s"]),
+        int(os.environ["RANK"]),
+        int(os.environ["WORLD_SIZE"]),
+    )
+    dist.init_process_group(backend, store=_store(rank, world, timeout), rank=rank, world_size=world, timeout=timeout)
     outcome = train(job, moved)
     dist.barrier()  # nobody leaves, and looks lost to the others, before all are done
     dist.destroy_process_group()
     return outcome
+
+
+def _store(rank: int, world: int, timeout: timedelta) -> Store:
+    """Where the workers meet: at MASTER_ADDR and MASTER_PORT.
+
+    Rank 0 listens at that address alone. Left to itself, the store listens on every interface and serves whoever asks.
+    """
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank > 0:
+        return TCPStore(address, port, world, is_master=False, timeout=timeout)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listening = socket.create_server((address, port), family=family, backlog=max(128, world)).detach()
+    return TCPStore(address, port, world, is_master=True, timeout=timeout, master_listen_fd=listening)
 
 
 def is_lost_peer(error: BaseException) -> bool:

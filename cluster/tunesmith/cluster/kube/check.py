@@ -12,14 +12,17 @@ from typing import Any
 import yaml
 
 from tunesmith.cluster.errors import UsageError
-from tunesmith.cluster.kube import rules_cluster, rules_job, rules_kueue, rules_safety, schemas
+from tunesmith.cluster.kube import rules_cluster, rules_job, rules_kueue, rules_pods, rules_safety, schemas
 from tunesmith.cluster.kube.findings import Document, Finding
 
 KUSTOMIZATION = "kustomization.yaml"
+KUSTOMIZATIONS = (KUSTOMIZATION, "kustomization.yml", "Kustomization")
+SUFFIXES = (".yaml", ".yml", ".json")
 KUSTOMIZE = (("kubectl", "kustomize"), ("kustomize", "build"))
 RULES: Mapping[str, str] = {
     **schemas.RULES,
-    "core.twice": "no two documents have the same kind, namespace and name",
+    "core.twice": "no two documents that are applied together have the same kind, namespace and name",
+    **rules_pods.RULES,
     **rules_cluster.RULES,
     **rules_job.RULES,
     **rules_kueue.RULES,
@@ -55,7 +58,7 @@ def check_documents(
         mistakes = schemas.check(document, extra)
         if not any(mistake.rule in SHAPES for mistake in mistakes):
             mistakes += rules_cluster.check(document, gates)
-            for rules in (rules_job, rules_kueue, rules_safety):
+            for rules in (rules_pods, rules_job, rules_kueue, rules_safety):
                 mistakes += rules.check(document)
         key = tuple(str(part) for part in (document.get("kind"), metadata.get("namespace"), metadata.get("name")))
         seen[key] += 1
@@ -66,40 +69,71 @@ def check_documents(
 
 
 def read(paths: Iterable[Path]) -> list[tuple[str, Document]]:
-    """The documents of files, of all YAML files of folders, and of what kustomize makes of folders with a kustomization.
+    """The documents of `sources`, one after the other."""
+    return [document for source in sources(paths)[0] for document in source]
+
+
+def sources(paths: Iterable[Path]) -> tuple[list[list[tuple[str, Document]]], list[str]]:
+    """What is applied together: all files that are named or lie in folders, and each folder with a kustomization by itself.
+
+    Returns:
+        The documents of each, and the files of folders that hold no manifest.
 
     Raises:
         UsageError: a path is not there or no YAML, or a kustomization cannot be built.
     """
-    found: list[tuple[str, Document]] = []
-    for path in paths:
-        if (path / KUSTOMIZATION).is_file():
-            found += parse(build(path), str(path))
+    files: list[tuple[str, Document]] = []
+    built: dict[Path, list[tuple[str, Document]]] = {}
+    others: list[str] = []
+    pending = [(path.parent if path.name in KUSTOMIZATIONS else path, True) for path in paths]
+    while pending:
+        path, named = pending.pop(0)
+        if path in built:
+            continue
+        if any((path / name).is_file() for name in KUSTOMIZATIONS):
+            built[path] = parse(build(path), str(path))
         elif path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in (".yaml", ".yml", ".json"))
-            for file in files:
-                found += parse(_text(file), str(file))
-        else:
-            found += parse(_text(path), str(path))
-    if not found:
+            pending += [(inner, False) for inner in sorted(path.iterdir())]
+        elif named:
+            files += parse(_text(path), str(path))
+        elif path.suffix in SUFFIXES:
+            found = load(_text(path), str(path))
+            if any(isinstance(one, dict) and one.keys() & {"apiVersion", "kind"} for one in found):
+                files += parse(_text(path), str(path))
+            else:
+                others.append(str(path))
+    every = [source for source in (files, *built.values()) if source]
+    if not every:
         raise UsageError(f"no document in {', '.join(map(str, paths))}", "Name files or folders with manifests.")
-    return found
+    return every, others
 
 
 def parse(text: str, file: str) -> list[tuple[str, Document]]:
-    """The documents of a text; empty ones are left out.
+    """The documents of a text; empty ones are left out, and a List is what it lists.
 
     Raises:
         UsageError: it is no YAML, or a document is no mapping.
     """
+    found: list[tuple[str, Document]] = []
+    for number, document in enumerate(load(text, file), 1):
+        listed = isinstance(document, dict) and (document.get("apiVersion"), document.get("kind")) == ("v1", "List")
+        for one in document.get("items") or [] if listed else [document]:
+            if not isinstance(one, dict):
+                raise UsageError(f"{file}: document {number} is no mapping but {str(one)[:60]!r}")
+            found.append((file, one))
+    return found
+
+
+def load(text: str, file: str) -> list[Any]:
+    """What YAML makes of a text; empty documents are left out.
+
+    Raises:
+        UsageError: it is no YAML.
+    """
     try:
-        documents = [document for document in yaml.safe_load_all(text) if document is not None]
+        return [document for document in yaml.safe_load_all(text) if document is not None]
     except yaml.YAMLError as error:
         raise UsageError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
-    for number, document in enumerate(documents, 1):
-        if not isinstance(document, dict):
-            raise UsageError(f"{file}: document {number} is no mapping but {str(document)[:60]!r}")
-    return [(file, document) for document in documents]
 
 
 def build(folder: Path) -> str:
@@ -111,7 +145,7 @@ def build(folder: Path) -> str:
     command = next((list(words) for words in KUSTOMIZE if shutil.which(words[0])), None)
     if command is None:
         raise UsageError(
-            f"{folder} has a {KUSTOMIZATION}, and neither kubectl nor kustomize is installed here to build it",
+            f"{folder} has a kustomization, and neither kubectl nor kustomize is installed here to build it",
             "Install one of them, or check the files that it names.",
         )
     done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)

@@ -44,17 +44,20 @@ def validate(
     from tunesmith.cluster.kube import check
     from tunesmith.cluster.kube.schemas import load_folder, unchecked_rules
 
-    documents, extra = check.read(manifests), load_folder(schemas) if schemas else {}
+    (sources, others), extra = check.sources(manifests), load_folder(schemas) if schemas else {}
+    if others:
+        say(stderr(), f"no manifests, left out: {', '.join(others)}")
     for kind, schema in extra.items():
         if unchecked := unchecked_rules(schema):
             say(stderr(), f"warning: {kind}: {len(unchecked)} of its rules (CEL) are not checked", "yellow")
-    found = check.check_documents(documents, extra, frozenset(gates or ()))
+    on, count = frozenset(gates or ()), sum(map(len, sources))
+    found = [finding for source in sources for finding in check.check_documents(source, extra, on)]
     if as_json:
         findings = [finding.as_json() for finding in found]
-        print_json({"valid": not found, "documents": len(documents), "findings": findings})
-    check.refuse(found, len(documents))
+        print_json({"valid": not found, "documents": count, "left_out": others, "findings": findings})
+    check.refuse(found, count)
     if not as_json:
-        say(stderr(), "1 document is valid" if len(documents) == 1 else f"{len(documents)} documents are valid")
+        say(stderr(), "1 document is valid" if count == 1 else f"{count} documents are valid")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 QUANTITY = re.compile(r"([+-]?[0-9.]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]+)?")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 FACTORS = {"n": -9, "u": -6, "m": -3, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+GPU = re.compile(r"(nvidia|amd|gpu\.intel)\.com/(gpu|mig-.+|i915)")
+"""Resources of device plugins for GPUs."""
+BYTES = re.compile(r"([0-9.]+)\s*([KMGTPE])i?B", re.IGNORECASE)
 HEAD = "the head"
 
 
@@ -166,6 +169,16 @@ def is_quantity(text: Any) -> bool:
     """Whether a text or number is a quantity."""
     match = QUANTITY.fullmatch(str(text))
     return match is not None and NUMBER.fullmatch(match[1]) is not None
+
+
+def as_quantity(text: Any) -> str:
+    """What to write for a text that is no quantity."""
+    match = BYTES.fullmatch(str(text).strip())
+    if match is None:
+        return "Write such as 2, 500m or 16Gi."
+    amount, unit = match[1], match[2].upper()
+    small = "k" if unit == "K" else unit
+    return f"Write {amount}{small} (powers of 1000) or {amount}{unit}i (of 1024)."
 
 
 def version(text: str) -> tuple[int, ...] | None:

@@ -32,7 +32,7 @@ SIZES = ("num-cpus", "num-gpus", "memory", "resources")
 RULES = {
     "kuberay.name": "a RayCluster's name has at most 53 characters, a RayJob's or RayService's 47, all of them a DNS-1035 label",
     "kuberay.containers": "the head and every worker group have a container",
-    "kuberay.replica-bounds": "replica bounds are there unless the autoscaler sets them, not negative, and in order",
+    "kuberay.replica-bounds": "replica bounds are there unless the autoscaler sets them, not negative, in order, and hold the replicas",
     "kuberay.group-resources": "a group's resources stand in `resources` or in `rayStartParams`, not in both",
     "kuberay.group-labels": "a group's Ray labels stand in `labels`, in Kubernetes' syntax, not in `rayStartParams`",
     "kuberay.idle-timeout": "idle timeouts are not negative, and those of a group need autoscaler v2",
@@ -118,6 +118,10 @@ def _worker_group(group: Group, cluster: RayCluster) -> Iterator[Finding]:
             yield bounds(key, f"group {group.name}: {value} is negative", "Write 0 or more.")
     if least is not None and most is not None and least > most:
         yield bounds("minReplicas", f"group {group.name}: {least} is more than maxReplicas {most}", "Swap them.")
+    wanted = group.spec.get("replicas")
+    if wanted is not None and most is not None and wanted > most >= 0:
+        what = f"group {group.name}: {wanted} is more than maxReplicas {most}, and no more than {most} would start"
+        yield bounds("replicas", what, f"Write {most}, or raise maxReplicas.")
     idle = group.spec.get("idleTimeoutSeconds")
     if idle is not None:
         path = (*group.path, "idleTimeoutSeconds")

@@ -6,12 +6,17 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import yaml
+
 from tunesmith.cluster.kube.findings import Document, Finding
 from tunesmith.cluster.kube.objects import (
+    GPU,
     LABEL_VALUE,
+    RAY_SPEC,
     SUBDOMAIN,
     Object,
     Pod,
+    as_quantity,
     is_quantity,
     labels_of,
     pods,
@@ -39,7 +44,6 @@ SECRET_VALUE = re.compile(
     r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY"
     r"|eyJ[A-Za-z0-9_-]{20,}\.eyJ|(?i:(?:token|password|secret|api_?key)\s*[:=]\s*['\"]?(?=\S*\d)(?=\S*[a-z])[a-z0-9/+_-]{20,})"
 )
-GPU = re.compile(r"(nvidia|amd|gpu\.intel)\.com/(gpu|mig-.+|i915)")
 CLUSTER_WIDE = ("Namespace", "ClusterQueue", "ResourceFlavor", "WorkloadPriorityClass", "Topology", "PriorityClass")
 OUTSIDE = ("LoadBalancer", "NodePort", "ExternalName")
 ENFORCE = "pod-security.kubernetes.io/enforce"
@@ -58,7 +62,7 @@ RULES = {
     "security.exposed": "services are reachable inside the cluster alone: no LoadBalancer, NodePort, external address or ingress",
     "security.open-ingress": "a network policy names who may come in",
     "security.auth": "a Ray cluster asks for a token: its jobs API runs what it is given",
-    "security.plain-secret": "no secret stands in a manifest, in an environment, a ConfigMap or a Secret; it is referred to",
+    "security.plain-secret": "no secret stands in a manifest, in an environment, a runtime environment, an entrypoint, a ConfigMap or a Secret; it is referred to",
     "security.image": "an image has a tag that stays, or a digest",
     "security.namespace": "a namespace enforces the restricted standard",
     "security.wildcard": "a role names what it is for",
@@ -84,6 +88,8 @@ def check(document: Document) -> Iterator[Finding]:
         yield Finding(
             "security.auth", (*cluster.path, "authOptions", "mode"), what, "Write authOptions: {mode: token}."
         )
+    if document["kind"] in RAY_SPEC:
+        yield from _ray_texts(document)
     yield from _exposed(document)
     yield from _of_its_kind(document)
 
@@ -166,6 +172,42 @@ def _environment(path: KeyPath, container: Object) -> Iterator[Finding]:
             yield Finding("security.plain-secret", (*path, "env", index), what, fix)
 
 
+def _ray_texts(document: Document) -> Iterator[Finding]:
+    """What Ray is told as text: the dashboard and the jobs API show it to everybody who may look."""
+    spec = document.get("spec") or {}
+    fix = "Make it the pods' environment: envFrom: [{secretRef: {name: …}}]."
+    for key in ("entrypoint", "runtimeEnvYAML", "serveConfigV2"):
+        text = spec.get(key) or ""
+        if not isinstance(text, str):
+            continue
+        try:
+            named = [] if key == "entrypoint" else sorted(_secret_variables(yaml.safe_load(text)))
+        except yaml.YAMLError:  # kuberay.runtime-env says so; a look at the text is still worth it
+            named = []
+        if named:
+            yield Finding(
+                "security.plain-secret", ("spec", key), f"{', '.join(named)} in env_vars, with its value", fix
+            )
+        elif SECRET_VALUE.search(text):
+            yield Finding("security.plain-secret", ("spec", key), "it holds what looks like a secret", fix)
+
+
+def _secret_variables(tree: Any) -> Iterator[str]:
+    """Names below any `env_vars` that have a secret's name or value."""
+    if isinstance(tree, list):
+        for item in tree:
+            yield from _secret_variables(item)
+    if not isinstance(tree, dict):
+        return
+    for key, value in tree.items():
+        if key == "env_vars" and isinstance(value, dict):
+            for name, given in value.items():
+                if given and (SECRET_NAME.search(str(name)) or SECRET_VALUE.search(str(given))):
+                    yield str(name)
+        else:
+            yield from _secret_variables(value)
+
+
 def _image(path: KeyPath, container: Object) -> Iterator[Finding]:
     image = container.get("image") or ""
     tag = image.rpartition("/")[2].partition("@")[0].partition(":")[2]
@@ -181,8 +223,8 @@ def _resources(pod: Pod, path: KeyPath, container: Object) -> Iterator[Finding]:
     place: KeyPath = (*path, "resources")
     if wrong := [(kind, amount) for kind, amount in (requests | limits).items() if not is_quantity(amount)]:
         for kind, amount in wrong:
-            fix = "Write such as 2, 500m or 16Gi."
-            yield Finding("core.quantity", (*place, kind), f"container {name}: {amount!r} is no quantity", fix)
+            what = f"container {name}: {amount!r} is no quantity"
+            yield Finding("core.quantity", (*place, kind), what, as_quantity(amount))
         return
     gpus = {kind: amount for kind, amount in {**requests, **limits}.items() if GPU.fullmatch(kind)}
     for kind in ("cpu", "memory"):
@@ -198,7 +240,12 @@ def _resources(pod: Pod, path: KeyPath, container: Object) -> Iterator[Finding]:
     for kind, amount in gpus.items():
         if quantity(amount) % 1 or quantity(requests.get(kind, -1)) != quantity(limits.get(kind, -1)):
             what = f"container {name} requests {requests.get(kind)} {kind} with the limit {limits.get(kind)}"
-            yield Finding("resources.gpu", (*place, "limits", kind), what, "Write a whole number as the limit.")
+            yield Finding(
+                "resources.gpu",
+                (*place, "limits", kind),
+                what,
+                "Write the same whole number twice, or the limit alone.",
+            )
     if sum(quantity(amount) for amount in gpus.values()) > 1:
         yield from _shared_memory(pod, path, container, limits)
 
@@ -208,12 +255,19 @@ def _shared_memory(pod: Pod, path: KeyPath, container: Object, limits: Object) -
     volumes = {volume["name"]: volume.get("emptyDir") or {} for volume in pod.spec.get("volumes") or []}
     shm = volumes.get(mounts.get("/dev/shm", ""), {})
     place: KeyPath = (*path, "volumeMounts")
-    if shm.get("medium") != "Memory" or "sizeLimit" not in shm:
-        what = f"container {container['name']} has several GPUs and 64 MiB at /dev/shm, where NCCL exchanges messages"
+    who = f"container {container['name']} has several GPUs"
+    if "/dev/shm" not in mounts:
+        what = f"{who} and 64 MiB at /dev/shm, where NCCL exchanges messages"
         yield Finding("resources.shm", place, what, "Mount an emptyDir {medium: Memory, sizeLimit: …} there.")
+    elif shm.get("medium") != "Memory":
+        what = f"{who} and volume {mounts['/dev/shm']}, which is no memory, at /dev/shm"
+        yield Finding("resources.shm", place, what, "Make it an emptyDir {medium: Memory, sizeLimit: …}.")
+    elif "sizeLimit" not in shm:
+        what = f"{who}, and volume {mounts['/dev/shm']} at /dev/shm has no size: it may fill the container's memory"
+        yield Finding("resources.shm", place, what, "Write its sizeLimit, below the container's memory.")
     elif not is_quantity(shm["sizeLimit"]):
-        fix = "Write such as 16Gi."
-        yield Finding("core.quantity", place, f"{shm['sizeLimit']!r} is no quantity", fix)
+        what = f"{shm['sizeLimit']!r} is no quantity"
+        yield Finding("core.quantity", place, what, as_quantity(shm["sizeLimit"]))
     elif quantity(shm["sizeLimit"]) >= quantity(limits.get("memory", 0)):
         what = f"/dev/shm may take {shm['sizeLimit']} of the container's {limits.get('memory')}"
         yield Finding("resources.shm", place, what, "Its pages count as the container's memory: make it smaller.")

@@ -15,12 +15,17 @@ from jsonschema import Draft202012Validator, FormatChecker, ValidationError, val
 from tunesmith.cluster.errors import UsageError
 from tunesmith.cluster.kube.findings import Document, Finding
 from tunesmith.cluster.kube.gather import within
+from tunesmith.cluster.kube.objects import as_quantity
 from tunesmith.cluster.recipe.lines import KeyPath
 
 SHIPPED = Path(__file__).with_name("schemas.json")
 """Of KubeRay 1.7, Kueue and Kubernetes 1.34; made by `gather.py`."""
 SUBSET = Path(__file__).with_name("subset.json")
 """Of kinds from elsewhere: no more than the fields that our manifests use."""
+QUANTITY_PATTERN = (
+    r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))))?$"
+)
+"""How the schemas say that a text is a quantity."""
 
 RULES = {
     "schema.kind": "the document names an apiVersion and a kind whose schema is known",
@@ -130,6 +135,8 @@ def _explained(error: Any) -> Iterator[Finding]:
         near = difflib.get_close_matches(str(error.instance), map(str, wanted), n=1)
         fix = f"Did you mean {near[0]}?" if near else f"Write one of {', '.join(map(str, wanted))}."
         yield Finding("schema.value", path, f"{shown} is not one of {', '.join(map(str, wanted))}", fix)
+    elif keyword == "pattern" and wanted == QUANTITY_PATTERN:
+        yield Finding("schema.value", path, f"{shown} is no quantity", as_quantity(error.instance))
     else:
         yield Finding("schema.value", path, error.message, f"The schema says {keyword}: {json.dumps(wanted)[:120]}.")
 

@@ -191,3 +191,14 @@ def test_a_kustomization_that_cannot_be_built_is_said_to_be(tmp_path: Path) -> N
         pytest.skip("neither kubectl nor kustomize is here")
     with pytest.raises(check.UsageError, match=r"nothing\.yaml"):
         check.read([tmp_path])
+
+
+def test_folders_without_a_kustomization_are_the_kustomizations_in_them() -> None:
+    if not any(shutil.which(words[0]) for words in check.KUSTOMIZE):
+        pytest.skip("neither kubectl nor kustomize is here")
+    example = REPOSITORY / "examples" / "llama-70b-full"
+    sources, others = check.sources([FOLDER, example])
+    kustomizations = [*FOLDER.rglob("kustomization.yaml"), *example.rglob("kustomization.yaml")]
+    assert {source[0][0] for source in sources} == {str(path.parent) for path in kustomizations}
+    assert {Path(name).name for name in others} == {"2x8-h100.yaml", "4x8-a100.yaml", "plan.json"}
+    assert [finding for source in sources for finding in check.check_documents(source)] == []
