@@ -53,21 +53,21 @@ def ray_nodes() -> list[RayNode]:
         LostHeadError: the head does not answer within 5 s.
     """
     head = _client()
+    draining = _ask(head.get_draining_nodes)
     usage = {one.node_id: one for one in _ask(head.get_all_resource_usage).resource_usage_data.batch}
     found = []
     for about in _ask(head.get_all_node_info).values():
         if about.state != about.ALIVE:
             continue
-        reported = usage.get(about.node_id)  # none while the node is new
-        deadline_ms = reported.draining_deadline_timestamp_ms if reported is not None else 0
+        id, reported = about.node_id.hex(), usage.get(about.node_id)  # of a node that is new, nothing is reported yet
         found.append(
             RayNode(
-                about.node_id.hex(),
+                id,
                 about.node_manager_address,
                 dict(about.resources_total),
                 dict(reported.resources_available) if reported is not None else {},
-                reported is not None and reported.is_draining,
-                deadline_ms / 1000 if deadline_ms > 0 else None,
+                id in draining,
+                draining[id] / 1000 if draining.get(id) else None,
             )
         )
     return sorted(found, key=lambda node: node.id)
