@@ -94,12 +94,12 @@ def test_the_cluster_of_another_machine_with_the_same_home_is_left_alone(
 
 
 def test_a_start_that_is_interrupted_leaves_no_process() -> None:
-    started: list[psutil.Process] = []
+    before, started = psutil.Process().children(), list[psutil.Process]()
     with pytest.MonkeyPatch.context() as patch:
 
         def interrupt(_: float) -> None:
             patch.undo()
-            started.extend(psutil.Process().children())
+            started.extend(child for child in psutil.Process().children() if child not in before)
             raise KeyboardInterrupt
 
         patch.setattr(local.time, "sleep", interrupt)
