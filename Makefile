@@ -18,7 +18,7 @@ RUNTIME := $(VENV)/.runtime-$(DEVICE)
 DEVELOPMENT := $(VENV)/.development-$(DEVICE)
 PACKAGES := $(abspath $(VENV))/lib/python3.11/site-packages
 COMPILED := ray torch deepspeed numpy pandas pyarrow
-BENCHMARKS := sft_throughput label_head startup checkpoint_stall mixed_lora serving fused_steps sweep recovery scheduler
+BENCHMARKS := sft_throughput label_head startup checkpoint_stall mixed_lora serving fused_steps sweep scheduler
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps
 
 # Without compiled bytecode every process would spend 9 s more on importing torch and its like.

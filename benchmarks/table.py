@@ -18,7 +18,6 @@ ORDER = (
     "serving",
     "fused_steps",
     "sweep",
-    "recovery",
     "scheduler",
 )
 ONLY = {"serving": "64 adapters"}
