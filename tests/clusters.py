@@ -7,13 +7,13 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from tunesmith.cluster.local import free_ports
 from tunesmith.cluster.local_node import LOOPBACK, NodeSpec
 from tunesmith.cluster.session import LOCAL_SETTINGS
 
@@ -62,7 +62,7 @@ class RayCluster:
 
     def __init__(self, durable: bool = True, **settings: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="cl-", dir="/tmp"))  # Ray's sockets have short paths
-        self.gcs_port, self.dashboard_port = _free_ports(2)
+        self.gcs_port, self.dashboard_port = free_ports(2)
         self.address = f"{LOOPBACK}:{self.gcs_port}"
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
@@ -109,11 +109,3 @@ class RayCluster:
         ready = str(self.folder / f"{name}.ready")
         ray = str(self.folder / "r")
         return NodeSpec(name, name == "head", cpus, 0, MEMORY_GIB, self.gcs_port, self.dashboard_port, ray, ready)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((LOOPBACK, 0))
-        return [probe.getsockname()[1] for probe in probes]

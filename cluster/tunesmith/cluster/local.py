@@ -212,7 +212,7 @@ def _new(nodes: int, cpus: int, gpus: int) -> Local:
     descriptor = os.open(known.token_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)  # Ray's own is for all to read
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
-    gcs_port, dashboard_port = _free_ports(2)
+    gcs_port, dashboard_port = free_ports(2)
     memory_gib = this_machine().memory_gib / nodes
     for number in range(nodes):
         name = "head" if number == 0 else f"node-{number}"
@@ -267,7 +267,8 @@ def _save(known: Local) -> None:
     write_atomic(known.root / "cluster.json", json.dumps(record, indent=1))
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback interface that nobody has, different ones."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
