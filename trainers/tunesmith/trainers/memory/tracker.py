@@ -102,7 +102,7 @@ class MemoryTracker(TorchDispatchMode):
             return
         try:
             storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # sparse and nested tensors have none of their own
+        except NotImplementedError:  # sparse and opaque tensors have none
             return
         key = storage._cdata
         known = self._known.get(key)
