@@ -62,6 +62,7 @@ def start(folder: Path, tiny_base: Path, cluster: RayCluster) -> Iterator[Start]
 
 def recipe(folder: Path, base: Path, name: str) -> Path:
     made = small_runs.small_recipe(name, base, folder / "rows.jsonl", folder / "runs")
+    made["train"]["epochs"] = 4  # after the first checkpoint, more than a second of a fast machine
     made["cluster"] |= {"cpus_per_worker": 1, "wait_s": 120}
     return small_runs.write_recipe(folder, made)
 
@@ -96,8 +97,9 @@ def test_a_machine_that_is_gone_is_waited_for_and_nothing_else_is_lost(
 ):
     run = folder / "runs" / "lost-node"
     command = begun(cluster, start, run)
-    saved = newest_checkpoint(run)
-    cluster.nodes[1].kill()
+    with small_runs.frozen(run):  # else a fast machine is done before the node is gone
+        saved = newest_checkpoint(run)
+        cluster.nodes[1].kill()
     command.wait_for_words("waiting up to 120 s for machines")
     assert RunFolder(run).current_attempt() == 1, "there is nowhere to go on"
     cluster.add_node()
@@ -152,9 +154,9 @@ def test_a_head_that_is_killed_and_started_again_costs_an_interval_at_most(
 ):
     run = folder / "runs" / f"beheaded-{durable}".lower()
     command = begun(cluster, start, run)
-    saved = newest_checkpoint(run)
     assert cluster.head is not None
     with small_runs.frozen(run):  # else a fast machine is done before anybody misses the head
+        saved = newest_checkpoint(run)
         cluster.head.kill()
         command.wait_for_words("the cluster: no Ray cluster could be joined at 127.0.0.1")
     cluster.start_head()
