@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.cluster import job_commands
+from tunesmith.cluster.imports import uncollected
 from tunesmith.cluster.kube import commands as kube
 from tunesmith.serving import commands
 
@@ -175,7 +176,8 @@ def train(
 
     loaded = load_recipe(recipe, overrides)
     with Display(stderr()) as display:
-        from tunesmith.trainers import launch
+        with uncollected():
+            from tunesmith.trainers import launch
 
         if dry_run:
             plan = launch.plan(loaded, display)

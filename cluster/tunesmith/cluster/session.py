@@ -40,6 +40,7 @@ TRAIN_SETTINGS = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a recipe mean the same in a worker
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print everything twice
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it would say on the terminal what we say
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver asks Ray itself which nodes are drained
 }

@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 
 from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import AdapterError, RequestError, StorageError
+from tunesmith.cluster.imports import uncollected
 from tunesmith.serving.bases import writes_text
 from tunesmith.serving.config import Base, Serve
 from tunesmith.serving.copies import Copies
@@ -76,7 +77,9 @@ class EngineReplica:
     async def __init__(self, name: str, ref: BaseRef, settings: dict[str, Any], registry: str) -> None:  # type: ignore[misc]
         """Serve waits for it: a replica takes requests once its engine has started."""
         base = Base(**settings)
-        self._engine: Any = engine_class(base, ref.path)(name, ref, base)
+        with uncollected():
+            engine = engine_class(base, ref.path)
+        self._engine: Any = engine(name, ref, base)
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "adapters"
         self._copies = Copies(Registry(registry), cache, base.disk_cache_gib * 2**30)
         await self._engine.start()

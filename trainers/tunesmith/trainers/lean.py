@@ -1,36 +1,93 @@
 """Ray Train's trainer without the helper processes that our runs have no use for.
 
-Beside its controller, Ray Train 2.60 starts an actor for data sets even when there are none, one that frees placement
-groups of a dead controller, and one that asks an autoscaler for nodes. Each imports Ray and pandas: 2 s of CPU or more,
-which on a small machine is time that the workers wait.
+Beside the workers, Ray Train 2.60 starts an actor for its controller, one for data sets even when there are none, one that
+frees placement groups of a dead controller, and one that asks an autoscaler for nodes. Each imports Ray and pandas: 2 s of
+CPU or more, one after the other, in every attempt, which is time that the workers wait. Here the controller runs in the thread
+that fits, in a process that has imported all that already; its placement groups go when that process goes.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from typing import Any
 
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.train import Result
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
 from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError
+
+
+class _WorkerGroup(WorkerGroup):
+    def _init_train_context_on_workers(
+        self, workers: list[Worker], sync_actor: ActorHandle, train_context_args: dict[str, list[Any]]
+    ) -> None:
+        """As Ray's own, without an actor of the controller, which workers would ask for checkpoints that they reported."""
+        ray.get(
+            [
+                worker.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context,
+                    distributed_context=worker.distributed_context,
+                    synchronization_actor=sync_actor,
+                    storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate,
+                    controller_actor=None,
+                    **{name: values[index] for name, values in train_context_args.items()},
+                )
+                for index, worker in enumerate(workers)
+            ]
+        )
+
+
+class _Controller(TrainController):
+    worker_group_cls = _WorkerGroup
+
+
+class _LocalWorkerGroup(_WorkerGroup):
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: dict[str, Any]) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Nothing of their own: what a Ray of our own starts has our environment, and processes that it has started already will do."""
+        return {}
+
+
+class _LocalController(_Controller):
+    worker_group_cls = _LocalWorkerGroup
 
 
 class ClusterTrainer(DataParallelTrainer):
-    """On a cluster that others use too: only the data sets, which we have none of, are left out."""
+    """On a cluster that others use too."""
 
-    unused: tuple[type[RayTrainCallback], ...] = (DatasetsCallback,)
+    controller: type[TrainController] = _Controller
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, self.unused)]
+        unused = DatasetsCallback | PlacementGroupCleanerCallback
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Result:
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # how an attempt ended is for us to tell
+        try:
+            controller = self.controller(**settings)
+            asyncio.run(controller.run())
+            return controller.get_result()
+        except RayError:
+            raise
+        except Exception as failure:  # such as what Ray Train makes of a damaged index of its own
+            raise ControllerError(failure) from failure
 
 
 class LocalTrainer(ClusterTrainer):
-    """On a Ray of our own: it ends with the driver, so nothing outlives the controller, and no node can be added."""
+    """On a Ray of our own, which no node can be added to."""
 
-    unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+    controller = _LocalController
 
     def _initialize_and_run_controller(self, **settings: Any) -> Result:
         settings["scaling_policy"] = _AsManyAsAsked(self.scaling_config)

@@ -160,6 +160,7 @@ class Trainer:
                 "Put the data back, start anew under another name, or insist with --allow-change.",
             )
         self.checkpoints.load(self.engine, path)
+        self.meter.wanted = 1  # all of the optimizer's state is there now
         self.progress = Progress(**about["progress"])
         changed = (about["data_hash"], about["recipe_hash"]) != (self.data.fingerprint, recipe_hash(self.written))
         if self.job.allow_change and changed and self.progress.step >= self.total_steps:

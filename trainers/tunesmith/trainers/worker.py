@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import StoppedError, TunesmithError
+from tunesmith.cluster.imports import uncollected
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers.heartbeat import Heartbeat
 from tunesmith.trainers.outcome import AttemptOutcome, write_outcome
@@ -74,11 +75,14 @@ def _train(settings: dict[str, Any], moved: Callable[[], None]) -> Outcome:
     if backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that was not asked for is not used
+    # DeepSpeed's Muon and bitsandbytes compile functions when they are imported, which loads a compiler for a second or two
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-    import torch
-    import torch.distributed as dist
+    with uncollected():
+        import torch
+        import torch.distributed as dist
 
-    from tunesmith.trainers.loop import TrainJob, train
+        from tunesmith.trainers.loop import TrainJob, train
 
     job = TrainJob(
         recipe=settings["recipe"],

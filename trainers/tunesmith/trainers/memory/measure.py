@@ -32,19 +32,20 @@ class StepMeter:
         causes: bytes by cause at the worst moment so far; empty before the first step.
         shape: of the micro-batch with most tokens in the measured steps, by labels among equals; None before the first.
         steps: measured so far.
+        wanted: steps to measure.
     """
 
     def __init__(self, engine: Any, device: torch.device) -> None:
         self.engine, self.device = engine, device
         self.causes: Bytes = Counter()
         self.shape: Shape | None = None
-        self.steps = 0
+        self.steps, self.wanted = 0, STEPS
         self._is_on = False
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Put it around every optimizer step; only the first ones are measured."""
-        if self.steps == STEPS:
+        if self.steps >= self.wanted:
             yield
             return
         self._is_on = True

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.cluster.imports import uncollected
+
 if TYPE_CHECKING:
     from tunesmith.tuning.fused.worker import Worker
 
@@ -50,7 +52,8 @@ class Shell:
         """Loads the base, once."""
         with self._lock:
             if self._ready is None:
-                from tunesmith.tuning.fused.worker import Settings, Worker
+                with uncollected():
+                    from tunesmith.tuning.fused.worker import Settings, Worker
 
                 self._worker = Worker(Settings(**self._settings), _die)
                 self._ready = self._worker.start()
