@@ -108,6 +108,11 @@ class RunFolder:
         """What the workers of an attempt warn of, one JSON line each; the command that started them repeats it."""
         return self.root / "control" / f"warnings-{attempt}.jsonl"
 
+    @property
+    def measured(self) -> Path:
+        """Memory that the workers held in the run's first steps."""
+        return self.root / "control" / "measured.json"
+
     def create(self) -> None:
         """Makes the folder if it is not there.
 

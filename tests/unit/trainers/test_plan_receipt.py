@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from tunesmith.trainers.memory.measure import StepMeter
 from tunesmith.trainers.memory.simulate import Shape
 from tunesmith.trainers.memory.tracker import Bytes
 from tunesmith.trainers.receipts import plan
-from tunesmith.trainers.receipts.plan import _Seen, compare
+from tunesmith.trainers.receipts.plan import Measured, Seen, compare
 
 SMALL, LARGE = Shape((10,), 9), Shape((20, 20), 30)
 
 
-def _meter() -> StepMeter:
-    meter = StepMeter(SimpleNamespace(), torch.device("cpu"))
-    meter.steps = 2
-    return meter
+def _seen(shape: Shape, **causes: int) -> Seen:
+    return Seen(causes=causes, lengths=shape.lengths, labels=shape.labels)
+
+
+def _measured(*workers: Seen) -> Measured:
+    return Measured(device="cpu", steps=2, workers=list(workers))
 
 
 def test_each_worker_is_compared_with_its_own_batch() -> None:
-    seen = [_Seen(Bytes(weights=100), SMALL), _Seen(Bytes(weights=100, buckets=100), LARGE)]
-    receipt = compare(seen, _meter(), lambda shape: Bytes(weights=110 if shape == SMALL else 190))
+    seen = _measured(_seen(SMALL, weights=100), _seen(LARGE, weights=100, buckets=100))
+    receipt = compare(seen, lambda shape: Bytes(weights=110 if shape == SMALL else 190))
     assert [worker.predicted_bytes for worker in receipt.workers] == [110, 190]
     assert [worker.error for worker in receipt.workers] == pytest.approx([0.1, -0.05])
     assert receipt.within == pytest.approx(0.1)
@@ -40,8 +39,8 @@ def test_only_the_largest_shapes_are_simulated() -> None:
         asked.append(shape)
         return Bytes(weights=1)
 
-    seen = [_Seen(Bytes(weights=1), Shape((tokens,), 1)) for tokens in (*range(1, 21), 20)]
-    receipt = compare(seen, _meter(), expect)
+    seen = _measured(*(_seen(Shape((tokens,), 1), weights=1) for tokens in (*range(1, 21), 20)))
+    receipt = compare(seen, expect)
     assert [shape.tokens for shape in asked] == list(range(20, 20 - plan.MOST_SHAPES, -1))
     assert [worker.predicted_bytes for worker in receipt.workers] == [None] * 12 + [1] * 9
 
@@ -51,7 +50,7 @@ def test_what_cannot_be_simulated_is_said(error: Exception) -> None:
     def expect(_shape: Shape) -> Any:
         raise error
 
-    receipt = compare([_Seen(Bytes(weights=5), SMALL)], _meter(), expect)
+    receipt = compare(_measured(_seen(SMALL, weights=5)), expect)
     assert receipt.within is None
     assert receipt.verdict == "not compared"
     assert type(error).__name__ in receipt.problem

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext, suppress
 from copy import deepcopy
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -43,6 +43,7 @@ from tunesmith.trainers.checkpoint_folder import committed, measured, set_aside,
 from tunesmith.trainers.ranks import gather, on_first
 from tunesmith.trainers.reshard import converted, load_converted, weights_files
 
+T = TypeVar("T")
 _LIBRARIES = ("tunesmith", "torch", "deepspeed", "transformers", "peft", "bitsandbytes")
 _HYPERPARAMETERS = ("betas", "eps", "weight_decay")
 
@@ -126,7 +127,7 @@ class CheckpointStore:
         final = self._final(step)
         if step != self.last_saved:  # else it is asked for again
             extra = self._extra(engine, step, about, metric)
-            patiently(lambda: self._save(engine, final, extra), self.patience_s, self.tell)
+            self.patiently(lambda: self._save(engine, final, extra))
             self.last_saved = step
         self.owes_save = False
         return final
@@ -142,7 +143,7 @@ class CheckpointStore:
             self.save(engine, step, about, metric)
             return
         final = self._final(step)
-        temporary = patiently(lambda: on_first(lambda: self._begin(final)), self.patience_s, self.tell)
+        temporary = self.patiently(lambda: on_first(lambda: self._begin(final)))
         extra, hold = self._extra(engine, step, about, metric), ExitStack()
         files = SignedFiles(temporary, module_names(engine.module), in_memory=True)
         if self.rank == 0:
@@ -215,6 +216,10 @@ class CheckpointStore:
         if self.rank == 0:
             with suppress(StorageError):  # the same storage that fails
                 self.run.warn(self.attempt, text)
+
+    def patiently(self, write: Callable[[], T]) -> T:
+        """What `write` returns, tried for as long as the run has patience with its storage."""
+        return patiently(write, self.patience_s, self.tell)
 
     def newest(self) -> tuple[Path, Manifest] | None:
         """The newest whole checkpoint; damaged ones on the way to it are set aside with a warning."""

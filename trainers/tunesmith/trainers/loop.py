@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from tunesmith.cluster.errors import ChangedError, NonFiniteError
 from tunesmith.cluster.metrics import MetricsLog, read_metrics
-from tunesmith.cluster.patience import patiently
 from tunesmith.cluster.recipe.load import recipe_hash, unread_error
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.runs import RunFolder
@@ -45,7 +44,7 @@ from tunesmith.trainers.policy import score
 from tunesmith.trainers.progress import Progress
 from tunesmith.trainers.ranks import gather, on_first
 from tunesmith.trainers.receipts.mask import write_mask_receipt
-from tunesmith.trainers.receipts.plan import write_plan_receipt
+from tunesmith.trainers.receipts.plan import is_measured, keep_measured, write_plan_receipt
 from tunesmith.trainers.schedule import Schedule, dropout_seed
 
 Moved = Callable[[], None]
@@ -111,7 +110,7 @@ class Trainer:
 
     def set_up(self) -> None:
         """Data, plan, model, engine and checkpoints; then every key the user wrote has been read, or the run stops."""
-        recipe, train = self.recipe, self.recipe.train
+        recipe, train, measured = self.recipe, self.recipe.train, self.run_folder.measured
         self.data: Prepared = open_prepared(self.job.cache, self.job.data)
         self.rows = train.rows
         self.accumulation = train.gradient_accumulation_steps
@@ -129,7 +128,9 @@ class Trainer:
         torch.manual_seed(train.seed)
         self.engine: Any = build_engine(recipe, self.job.base, self.device)
         self.watch = None if self.engine.fp16_enabled() else GradientWatch(self.engine.module)
-        self.meter = StepMeter(self.engine, self.device)
+        self.meter = StepMeter(
+            self.engine, self.device, lambda meter: self.checkpoints.patiently(lambda: keep_measured(measured, meter))
+        )
         self.pace, self.paces = Pace(self.device), Paces()
         self.checkpoints = CheckpointStore(
             self.run_folder.checkpoints,
@@ -160,9 +161,10 @@ class Trainer:
                 "Put the data back, start anew under another name, or insist with --allow-change.",
             )
         self.checkpoints.load(self.engine, path)
-        self.meter.wanted = 1  # all of the optimizer's state is there now
         self.progress = Progress(**about["progress"])
         changed = (about["data_hash"], about["recipe_hash"]) != (self.data.fingerprint, recipe_hash(self.written))
+        if not changed and is_measured(self.run_folder.measured, self.meter):
+            self.meter.wanted = 0
         if self.job.allow_change and changed and self.progress.step >= self.total_steps:
             raise ChangedError(
                 f"all {self.total_steps} steps are done, so nothing would be trained with what has changed",
@@ -219,7 +221,7 @@ class Trainer:
     def finish(self) -> dict[str, float | None]:
         """Writes the artifact and its receipts; returns the run's closing figures."""
         on_first(lambda: self.run_folder.check_fence(self.job.attempt))
-        write_plan_receipt(self.run_folder.receipts, self.recipe, self.job.base, self.meter)
+        write_plan_receipt(self.run_folder.receipts, self.recipe, self.job.base, self.run_folder.measured)
         write_artifact(self.engine, self.written, self.job.base, self.run_folder, self.data, self.device)
         self.close_logs()
         return closing_figures(
@@ -380,7 +382,7 @@ class Trainer:
     def log(self, record: dict[str, Any]) -> None:
         """Writes a line of metrics."""
         if self.rank == 0:
-            patiently(lambda: self.metrics.append(record), self.checkpoints.patience_s, self.checkpoints.tell)
+            self.checkpoints.patiently(lambda: self.metrics.append(record))
             for log in self.logs:
                 log.write(record["step"], numbers(record))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ class StepMeter:
     Args:
         engine: the DeepSpeed engine that trains.
         device: of its weights.
+        keep: what is done with the figures after each measured step, such as writing them down.
 
     Attributes:
         causes: bytes by cause at the worst moment so far; empty before the first step.
@@ -35,8 +36,10 @@ class StepMeter:
         wanted: steps to measure.
     """
 
-    def __init__(self, engine: Any, device: torch.device) -> None:
-        self.engine, self.device = engine, device
+    def __init__(
+        self, engine: Any, device: torch.device, keep: Callable[[StepMeter], None] = lambda _meter: None
+    ) -> None:
+        self.engine, self.device, self._keep = engine, device, keep
         self.causes: Bytes = Counter()
         self.shape: Shape | None = None
         self.steps, self.wanted = 0, STEPS
@@ -59,6 +62,7 @@ class StepMeter:
         finally:
             self._is_on = False
         self.steps += 1
+        self._keep(self)
 
     def saw(self, batch: Batch) -> None:
         """Notes the shape of a micro-batch, if it belongs to a measured step."""

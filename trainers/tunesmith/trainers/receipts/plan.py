@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeVar
 
-import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tunesmith.cluster.artifacts import PlanReceipt, WorkerMemory
 from tunesmith.cluster.base import BaseRef
@@ -23,6 +22,7 @@ from tunesmith.trainers.memory.simulate import Shape
 from tunesmith.trainers.memory.tracker import Bytes
 from tunesmith.trainers.ranks import gather, on_first
 
+M = TypeVar("M", bound=BaseModel)
 MOST_SHAPES = 8
 """Shapes of micro-batches that are simulated, the largest first; each takes a second or two."""
 UNPREDICTABLE = (
@@ -32,56 +32,101 @@ UNPREDICTABLE = (
 code that meets a config or module it does not know fails in the other ways."""
 
 
-class _Seen(NamedTuple):
+class Seen(BaseModel):
     """What one worker has measured."""
 
-    causes: Bytes
-    shape: Shape
+    causes: dict[str, int]
+    """Bytes by cause at the worst moment."""
+    lengths: tuple[int, ...]
+    labels: int
+
+    @property
+    def shape(self) -> Shape:
+        """Of the largest micro-batch in the measured steps."""
+        return Shape(self.lengths, self.labels)
 
 
-def write_plan_receipt(folder: Path, recipe: Recipe, base: BaseRef, meter: StepMeter) -> PlanReceipt:
-    """Writes plan.json into `folder` and returns it. Collective; rank 0 alone simulates.
+class Measured(BaseModel):
+    """What all workers have measured, in order of rank."""
 
-    When this attempt has trained nothing, what an earlier one has measured is kept.
+    device: str
+    steps: int
+    workers: list[Seen]
+
+
+def keep_measured(path: Path, meter: StepMeter) -> None:
+    """Writes down what the workers have measured so far, for the attempts after this one. Collective.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    seen = gather(None if meter.shape is None else _Seen(meter.causes, meter.shape))
-    path = folder / "plan.json"
+    assert meter.shape is not None, "a step has been measured"
+    seen = gather(Seen(causes=meter.causes, lengths=meter.shape.lengths, labels=meter.shape.labels))
+    measured = Measured(device=meter.device.type, steps=meter.steps, workers=seen)
 
-    def write() -> PlanReceipt:
-        measured = [worker for worker in seen if worker is not None]
-        if not measured and (earlier := read_plan_receipt(path)) is not None:
-            return earlier
-        receipt = compare(measured, meter, lambda shape: _expected(recipe, base, shape, len(seen), meter.device))
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, measured.model_dump_json())
+
+    on_first(write)
+
+
+def is_measured(path: Path, meter: StepMeter) -> bool:
+    """Whether as many workers on such devices have measured this run's first steps before. Collective."""
+    workers = len(gather(None))
+
+    def look() -> bool:
+        measured = _read(Measured, path)
+        return measured is not None and (measured.device, len(measured.workers)) == (meter.device.type, workers)
+
+    return on_first(look)
+
+
+def write_plan_receipt(folder: Path, recipe: Recipe, base: BaseRef, measured: Path) -> None:
+    """Writes plan.json into `folder`. Collective; rank 0 alone simulates.
+
+    Args:
+        measured: what `keep_measured` wrote.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+
+    def write() -> None:
+        seen = _read(Measured, measured)
+        receipt = PlanReceipt(problem="no step was trained, so nothing was measured")
+        if seen is not None:
+            receipt = compare(
+                seen, lambda shape: _expected(recipe, base, shape, len(seen.workers), seen.device == "cuda")
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, receipt.model_dump_json(indent=1))
-        return receipt
+        write_atomic(folder / "plan.json", receipt.model_dump_json(indent=1))
 
-    return on_first(write)
+    on_first(write)
 
 
 def read_plan_receipt(path: Path) -> PlanReceipt | None:
     """A receipt that was written; None when there is none that can be read."""
+    return _read(PlanReceipt, path)
+
+
+def _read(kind: type[M], path: Path) -> M | None:
     try:
-        return PlanReceipt.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return None
 
 
-def compare(measured: list[_Seen], meter: StepMeter, expect: Callable[[Shape], Bytes]) -> PlanReceipt:
-    """The receipt of what the workers have measured, in order of rank.
+def compare(measured: Measured, expect: Callable[[Shape], Bytes]) -> PlanReceipt:
+    """The receipt of what the workers have measured.
 
     Args:
         expect: the planner's bytes by cause for a shape.
     """
-    if not measured:
-        return PlanReceipt(problem="no step was trained, so nothing was measured")
     problem, expected = "", {}
-    shapes = sorted({worker.shape for worker in measured}, key=lambda shape: (shape.tokens, shape.labels), reverse=True)
+    shapes = {worker.shape for worker in measured.workers}
     try:
-        for shape in shapes[:MOST_SHAPES]:
+        for shape in sorted(shapes, key=lambda shape: (shape.tokens, shape.labels), reverse=True)[:MOST_SHAPES]:
             expected[shape] = expect(shape)
     except UNPREDICTABLE as error:
         problem = f"the planner cannot simulate this run: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -89,29 +134,29 @@ def compare(measured: list[_Seen], meter: StepMeter, expect: Callable[[Shape], B
         WorkerMemory(
             rank=rank,
             tokens=worker.shape.tokens,
-            labels=worker.shape.labels,
-            measured_bytes=worker.causes.total(),
+            labels=worker.labels,
+            measured_bytes=sum(worker.causes.values()),
             measured=_nonzero(worker.causes),
             predicted_bytes=expected[worker.shape].total() if worker.shape in expected else None,
             predicted=_nonzero(expected.get(worker.shape, {})),
         )
-        for rank, worker in enumerate(measured)
+        for rank, worker in enumerate(measured.workers)
     ]
     errors = [abs(worker.error) for worker in workers if worker.error is not None]
     return PlanReceipt(
         problem=problem,
         within=max(errors, default=None),
-        device=meter.device.type,
-        steps=meter.steps,
+        device=measured.device,
+        steps=measured.steps,
         workers=workers,
     )
 
 
-def _expected(recipe: Recipe, base: BaseRef, shape: Shape, workers: int, device: torch.device) -> Bytes:
+def _expected(recipe: Recipe, base: BaseRef, shape: Shape, workers: int, on_gpu: bool) -> Bytes:
     from tunesmith.trainers.memory.expect import expected_peak
 
     config = json.loads((Path(base.path) / "config.json").read_text(encoding="utf-8"))
-    return expected_peak(recipe, config, shape, workers, on_gpu=device.type == "cuda")
+    return expected_peak(recipe, config, shape, workers, on_gpu=on_gpu)
 
 
 def _nonzero(causes: Bytes | dict[str, int]) -> dict[str, int]:
