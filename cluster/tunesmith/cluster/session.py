@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -212,7 +214,8 @@ class RaySession:
             require_cluster(self.address)
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         if self.address is not None:
-            ray.init(address=self.head, **quiet)
+            with _our_handler():
+                ray.init(address=self.head, **quiet)
             self._head = ray.get_runtime_context().gcs_address
             return True
         machine = this_machine()
@@ -226,7 +229,7 @@ class RaySession:
             "_memory": int(machine.memory_gib * GIB),
             "_temp_dir": str(self._folder),
         }
-        with _bare_node(), _apart_from_our_signals():
+        with _bare_node(), _apart_from_our_signals(), _our_handler():
             try:
                 ray.init(address="local", **wanted, **quiet)
             except Exception as failure:
@@ -305,6 +308,22 @@ def _apart_from_our_signals() -> Iterator[None]:
         yield
     finally:
         services.ConsolePopen = saved
+
+
+@contextlib.contextmanager
+def _our_handler() -> Iterator[None]:
+    """Whatever Ray does about SIGTERM within the block is undone: it would print the stacks of its threads and end the process.
+
+    By Python's own functions in C: its `signal` module serves the main thread alone, and a session connects in another.
+    """
+    get, put = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+    get.restype = put.restype = ctypes.c_void_p
+    put.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    before = get(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        put(signal.SIGTERM, before)
 
 
 def require_cluster(address: str) -> None:

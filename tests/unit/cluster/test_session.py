@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -55,3 +57,21 @@ def test_whatever_a_session_put_into_the_environment_is_taken_back(monkeypatch: 
     assert os.environ["RAY_TRAIN_METRICS_ENABLED"] == "0"
     session.close()
     assert "RAY_TRAIN_METRICS_ENABLED" not in os.environ
+
+
+def test_sigterm_stays_ours_when_ray_has_started():
+    told = """
+import os, signal, threading
+from tunesmith.cluster.session import RaySession
+
+handled = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: handled.set())
+with RaySession() as session:
+    session.nodes()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert handled.wait(10)
+print("handled")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    ended = subprocess.run([sys.executable, "-c", told], env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "handled\n", "")

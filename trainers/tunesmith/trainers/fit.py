@@ -25,7 +25,7 @@ from tunesmith.trainers.machines import Machines
 from tunesmith.trainers.rendezvous import Rendezvous
 from tunesmith.trainers.stopping import StopSignals
 from tunesmith.trainers.watchman import Watchman, who
-from tunesmith.trainers.worker import train_worker
+from tunesmith.trainers.worker import is_lost_peer, train_worker
 
 if TYPE_CHECKING:
     from tunesmith.trainers.launch import Inputs
@@ -154,7 +154,11 @@ def _ending(failure: TrainingFailedError | RayError | None, folder: RunFolder, a
             for rank, error in failure.worker_failures.items()
             if isinstance(error, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError)
         }
-        raised = {rank: _first_line(error) for rank, error in failure.worker_failures.items() if rank not in died}
+        raised = {
+            rank: f"{who(folder, attempt, rank)} {_why(error)}"
+            for rank, error in failure.worker_failures.items()
+            if rank not in died
+        }
         return Ending(died, raised)
     if isinstance(failure, ControllerError):
         return Ending(cause=f"Ray Train could not start them: {_first_line(failure.controller_failure)}")
@@ -170,6 +174,11 @@ def _how(error: Exception) -> str:
     lines = (line for line in str(error).splitlines() if any(sign in line for sign in OUT_OF_MEMORY_SIGNS))
     out_of_memory = next(lines, "")
     return f"was ended by Ray, its machine was out of memory: {out_of_memory.strip()}" if out_of_memory else "died"
+
+
+def _why(error: Exception) -> str:
+    """Why a worker raised that may be a victim of another's end."""
+    return "lost its connection to another worker" if is_lost_peer(error) else f"failed: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -73,4 +73,9 @@ def _save_when_terminated(run: str, attempt: int) -> None:
     """Runs in the worker's main thread, which alone may handle signals; training has a thread of its own."""
     who = f"rank {get_context().get_world_rank()} (process {os.getpid()} on {socket.gethostname()})"
     folder = RunFolder(Path(run))
-    signal.signal(signal.SIGTERM, lambda *_: folder.request_stop_of(attempt, f"{who} was told to end (SIGTERM)"))
+
+    def told(*_: object) -> None:
+        if folder.root.exists():  # a run that trained nothing is taken away while its workers are ended
+            folder.request_stop_of(attempt, f"{who} was told to end (SIGTERM)")
+
+    signal.signal(signal.SIGTERM, told)

@@ -31,7 +31,6 @@ class StopSignals:
     def stop_with(self, request: Callable[[], None]) -> None:
         """From now on a first signal calls `request` and lets the run end by itself. Until now it raised at once."""
         self._request = request
-        self._install()  # importing Ray may have put its own handlers there
 
     def acknowledge(self, on_event: Listener) -> None:
         """Says once what a received signal brings about. Not in the handler, which may have broken into a print."""

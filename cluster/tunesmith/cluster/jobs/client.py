@@ -155,11 +155,19 @@ class Cluster:
         return last.model_copy(update={"state": state, "why": why}), number
 
     def _live_nodes(self) -> set[str]:
-        """Ids of the nodes that live. A restarted head still believes for half a minute in the one that it was before."""
+        """Ids of the nodes that live.
+
+        A restarted head still believes for half a minute in the one that it was before, and knows that one alone until it has
+        joined itself. What is not there any more has said nothing of its machine since the restart.
+        """
         answer = self._client._do_request("GET", "/nodes?view=summary")
         answer.raise_for_status()
-        nodes = [node["raylet"] for node in answer.json()["data"]["summary"]]
+        summary = answer.json()["data"]["summary"]
+        nodes = [node["raylet"] for node in summary]
+        speaking = {node["raylet"]["nodeId"] for node in summary if node.get("hostname")}
         heads = sorted((int(node["startTimeMs"]), node["nodeId"]) for node in nodes if node.get("isHeadNode"))
+        if not heads or heads[-1][1] not in speaking:
+            raise ConnectionError("its head has not yet joined it")
         gone = {id for _, id in heads[:-1]}
         return {node["nodeId"] for node in nodes if node.get("state") == "ALIVE"} - gone
 

@@ -106,7 +106,6 @@ class Driver:
         self._check()
         with RaySession() as session:
             session.nodes()
-            signal.signal(signal.SIGTERM, self._stop)  # joining Ray has put its own handler there, which prints stacks
             self._write_recipe()
             self._wait_for_run()
             need = None if self.stopping else self._needs(session)

@@ -86,10 +86,14 @@ class Answers(BaseHTTPRequestHandler):
     """A cluster without jobs that takes none: it answers a submission with what `refusal` says."""
 
     refusal = (400, "runtime_env: no such package")
+    hostname: str | None = "here"
+    """Of the head; None while all that is known of it was read from what a head before it has left."""
 
     def do_GET(self) -> None:
+        head = {"nodeId": "h1", "state": "ALIVE", "isHeadNode": True, "startTimeMs": "1795330048495"}
+        nodes = {"data": {"summary": [{"raylet": head, "hostname": self.hostname}]}}
         known = {"/api/version": {"ray_version": "2.60.0"}, "/api/jobs/": []}
-        self._say(200, json.dumps(known.get(self.path, {"data": {"summary": []}})))
+        self._say(200, json.dumps(known.get(self.path, nodes)))
 
     def do_POST(self) -> None:
         self._say(*self.refusal)
@@ -128,6 +132,16 @@ def test_a_job_that_is_there_and_is_not_ends_the_patience(
     monkeypatch.setattr(commands, "Cluster", lambda *_, **__: cluster)
     with pytest.raises(ResourceError, match="already exists"):
         submit(tmp_path, commands.Wish(address=answering))
+
+
+def test_what_a_head_that_has_not_joined_itself_believes_counts_for_nothing(
+    answering: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(answering, patience_s=0.5)
+    assert cluster.look() == ({}, {})
+    monkeypatch.setattr(Answers, "hostname", None)
+    with pytest.raises(ResourceError, match="its head has not yet joined it"):
+        cluster.look()
 
 
 def test_ids_tell_the_run_and_differ_by_key_and_number() -> None:
