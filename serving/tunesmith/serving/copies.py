@@ -57,9 +57,7 @@ class Copies:
         with suppress(FileNotFoundError):
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                with suppress(OSError):  # some network file systems lock no folders; there no copy leaves either
-                    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                if not _leaving(descriptor) and path.stat().st_ino == os.fstat(descriptor).st_ino:
                     os.utime(path)
                     return descriptor
             except FileNotFoundError:  # it has left between the two
@@ -96,6 +94,17 @@ class Copies:
                 return
             if _removed(path):
                 left -= sizes[path]
+
+
+def _leaving(descriptor: int) -> bool:
+    """Whether somebody is about to remove the copy; else it is locked against that."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # some network file systems lock no folders; there no copy leaves either
+        return False
+    return False
 
 
 def _size(folder: Path) -> int:

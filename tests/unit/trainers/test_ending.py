@@ -41,4 +41,4 @@ def test_a_worker_that_raised_did_not_die(tmp_path: Path):
     ending = _ending(
         WorkerGroupError("worker failures", {0: RuntimeError("first line\nsecond")}), RunFolder(tmp_path), attempt=1
     )
-    assert (ending.died, ending.raised) == ({}, {0: "first line"})
+    assert (ending.died, ending.raised) == ({}, {0: "its process failed: first line"})
