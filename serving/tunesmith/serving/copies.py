@@ -103,7 +103,7 @@ def _leaving(descriptor: int) -> bool:
     except BlockingIOError:
         return True
     except OSError:  # some network file systems lock no folders; there no copy leaves either
-        return False
+        pass
     return False
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from tunesmith.trainers.memory.measure import StepMeter
 from tunesmith.trainers.memory.simulate import Shape
 from tunesmith.trainers.memory.tracker import Bytes
 from tunesmith.trainers.receipts import plan
-from tunesmith.trainers.receipts.plan import Measured, Seen, compare
+from tunesmith.trainers.receipts.plan import Measured, Seen, compare, is_measured, keep_measured
 
 SMALL, LARGE = Shape((10,), 9), Shape((20, 20), 30)
 
@@ -55,3 +59,18 @@ def test_what_cannot_be_simulated_is_said(error: Exception) -> None:
     assert receipt.verdict == "not compared"
     assert type(error).__name__ in receipt.problem
     assert receipt.workers[0].measured_bytes == 5
+
+
+def test_an_attempt_that_goes_on_measures_only_what_none_before_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "control" / "measured.json"
+    meter = StepMeter(SimpleNamespace(), torch.device("cpu"))
+    assert not is_measured(path, meter)
+    meter.causes, meter.shape = Bytes(weights=7), LARGE
+    for meter.steps in (1, 2):  # a run may be killed after the first
+        keep_measured(path, meter)
+        assert is_measured(path, meter) == (meter.steps == meter.wanted)
+    kept = Measured.model_validate_json(path.read_bytes())
+    assert (kept.steps, kept.workers[0].shape, kept.workers[0].causes) == (2, LARGE, {"weights": 7})
+    assert not is_measured(path, StepMeter(SimpleNamespace(), torch.device("meta"))), "another kind of device"
+    path.write_text("half a fi")
+    assert not is_measured(path, meter)

@@ -72,12 +72,12 @@ def keep_measured(path: Path, meter: StepMeter) -> None:
 
 
 def is_measured(path: Path, meter: StepMeter) -> bool:
-    """Whether as many workers on such devices have measured this run's first steps before. Collective."""
-    workers = len(gather(None))
+    """Whether as many workers on such devices have measured as many of this run's first steps before. Collective."""
+    wanted = (meter.device.type, meter.wanted, len(gather(None)))
 
     def look() -> bool:
         measured = _read(Measured, path)
-        return measured is not None and (measured.device, len(measured.workers)) == (meter.device.type, workers)
+        return measured is not None and (measured.device, measured.steps, len(measured.workers)) == wanted
 
     return on_first(look)
 
