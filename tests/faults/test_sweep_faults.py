@@ -41,10 +41,11 @@ GRID = {
 }
 
 
-def start(folder: Path, name: str, **tune: Any) -> subprocess.Popen[bytes]:
+def start(folder: Path, name: str, max_failures: int = 3, **tune: Any) -> subprocess.Popen[bytes]:
     """`tunesmith sweep` of the test's recipe under this name."""
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(sweep_recipe(folder, name, train={"max_steps": 40}, reports=8, **tune)))
+    train = {"max_steps": 40, "max_failures": max_failures}
+    path.write_text(yaml.safe_dump(sweep_recipe(folder, name, train=train, reports=8, **tune)))
     log = (folder / f"{name}.log").open("ab")
     command = [sys.executable, "-m", "tunesmith.cluster.main", "sweep", str(path)]
     return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -101,14 +102,32 @@ def kill_and_start_again(folder: Path, name: str, **tune: Any) -> None:
         assert after.startswith(before), f"trial {number} was run again"
 
 
-def test_a_killed_worker_is_replaced(folder: Path, unbroken: list[tuple[object, ...]]) -> None:
-    run = start(folder, "lost")
-    wait_until(run, lambda: reports(folder, "lost") >= 10)
+def kill_the_shared_worker(run: subprocess.Popen[bytes], folder: Path, name: str) -> None:
+    wait_until(run, lambda: reports(folder, name) >= 10)
     shells = [one for one in psutil.Process(run.pid).children(recursive=True) if "Shell" in " ".join(one.cmdline())]
     assert len(shells) == 1, "the shared worker was not found"
     shells[0].kill()
+
+
+def test_a_killed_worker_is_replaced(folder: Path, unbroken: list[tuple[object, ...]]) -> None:
+    run = start(folder, "lost")
+    kill_the_shared_worker(run, folder, "lost")
     assert run.wait(PATIENCE_S) == 0, said(folder, "lost")
     assert outcome(folder, "lost") == unbroken
+
+
+def test_a_worker_that_may_not_be_replaced_ends_the_sweep_and_says_why(
+    folder: Path, unbroken: list[tuple[object, ...]]
+) -> None:
+    run = start(folder, "once", max_failures=0)
+    kill_the_shared_worker(run, folder, "once")
+    assert run.wait(PATIENCE_S) not in (0, 75), said(folder, "once")
+    last = said(folder, "once").partition("error:")[2]
+    assert "could not be trained: a shared worker was lost: " in last
+    assert "the same command goes on" in last
+    again = start(folder, "once", max_failures=0)
+    assert again.wait(PATIENCE_S) == 0, said(folder, "once")
+    assert outcome(folder, "once") == unbroken
 
 
 def test_a_sweep_that_is_asked_to_stop_goes_on_later(folder: Path, unbroken: list[tuple[object, ...]]) -> None:

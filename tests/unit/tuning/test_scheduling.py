@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
@@ -41,6 +42,10 @@ class OneTrial:
         checkpoint_manager=SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
     )
     experiment_tag = ""
+    status = Trial.RUNNING
+
+    def is_finished(self) -> bool:
+        return self.status in (Trial.ERROR, Trial.TERMINATED)
 
     def __init__(self, number: int, config: dict[str, Any]) -> None:
         self.trial_id, self.config, self.evaluated_params = f"t{number}", {"trial": number, **config}, {}
@@ -177,3 +182,69 @@ def test_what_a_population_draws_follows_from_the_seed_the_trial_and_the_report(
     assert len({repr(one) for one in first}) == 1
     others = [drawn(seed, number, report) for seed, number, report in ((2, 7, 2), (1, 8, 2), (1, 7, 4))]
     assert all(first != other for other in others)
+
+
+class FourTrials:
+    """A population of four; the first is the best. What is exchanged is written down instead of made."""
+
+    def __init__(self) -> None:
+        self.made: Any = population(grace=2, metric="loss", mode="min")
+        self.trials = [trial(number, **values()) for number in range(1, 5)]
+        self.taken: list[tuple[str, str]] = []
+        for one in self.trials:
+            self.made.on_trial_add(None, one)
+            one.temporary_state = SimpleNamespace(saving_to=None)
+            one.checkpoint = f"checkpoint of {one.trial_id}"
+        self.made._exploit = lambda _, one, donor: self.taken.append((one.trial_id, donor.trial_id))
+
+    def report(self, number: int, report: int) -> str:
+        return self.made.on_trial_result(self, self.trials[number - 1], {REPORT: report, "loss": float(number)})
+
+    def get_trials(self) -> list[Any]:
+        return self.trials
+
+    def get_live_trials(self) -> list[Any]:
+        return [one for one in self.trials if not one.is_finished()]
+
+    def pause(self, *numbers: int) -> None:
+        for number in numbers:
+            self.trials[number - 1].status = Trial.PAUSED
+
+    def go_on(self) -> str | None:
+        chosen = self.made.choose_trial_to_run(self)
+        return chosen and chosen.trial_id
+
+
+def test_a_population_exchanges_only_when_each_has_saved():
+    four = FourTrials()
+    assert [four.report(number, 1) for number in (1, 2, 3, 4)] == ["CONTINUE"] * 4
+    assert [four.report(number, 2) for number in (4, 1, 2, 3)] == ["PAUSE"] * 4
+    four.pause(1, 2, 3)
+    assert four.go_on() is None, "nobody goes on before the exchange"
+    assert four.taken == [], "the fourth is still saving"
+    four.pause(4)
+    assert four.go_on() == "t1"
+    assert four.taken == [("t4", "t1")]
+    four.go_on()
+    assert four.taken == [("t4", "t1")], "once"
+    assert [four.report(number, 3) for number in (1, 2, 3, 4)] == ["CONTINUE"] * 4
+
+
+def test_a_population_does_not_wait_for_one_that_has_ended():
+    four = FourTrials()
+    assert [four.report(number, 2) for number in (2, 3, 4)] == ["PAUSE"] * 3
+    four.pause(2, 3, 4)
+    assert four.go_on() is None
+    four.trials[0].status = Trial.ERROR
+    assert four.go_on() == "t2"
+    assert four.taken == [("t4", "t2")]
+
+
+def test_the_last_of_a_population_goes_on_alone():
+    four = FourTrials()
+    for one in four.trials[:3]:
+        one.status = Trial.TERMINATED
+    assert four.report(4, 2) == "PAUSE"
+    four.pause(4)
+    assert four.go_on() == "t4"
+    assert four.taken == []

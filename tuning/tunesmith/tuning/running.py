@@ -8,8 +8,10 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from ray import cloudpickle
 from ray import tune as ray_tune
 from ray.tune import Callback, PlacementGroupFactory, RunConfig, Stopper, TuneConfig, Tuner
 
@@ -155,7 +157,7 @@ class _Watch(_Unwritten, Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         number = trial.config["trial"]
         if self._folder.trial(number).ended() is None and not self.is_ending:  # not its own fault: nothing is recorded
-            self.lost = f"trial {number} could not be trained: {_first_line(trial.get_error())}"
+            self.lost = f"trial {number} could not be trained: {_why(trial)}"
             self.is_ending = True
         self._say(number)
 
@@ -180,8 +182,15 @@ class _Work(threading.Thread):
             self.failure = failure
 
 
-def _first_line(error: object) -> str:
-    return str(error).strip().rpartition("\n")[2] or type(error).__name__
+def _why(trial: Any) -> str:
+    """The last error of a trial, from the file that Ray Tune writes at once; its accessors read a copy that is made later."""
+    if trial.pickled_error_file is None:
+        return "Ray Tune knows no cause"
+    error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    cause = getattr(error, "cause", error)
+    if isinstance(cause, TunesmithError):
+        return cause.what
+    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
 
 
 def _values(trial: Any) -> Values:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from ray import tune as ray_tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
@@ -60,6 +61,9 @@ class _Population(PopulationBasedTraining):
 
     What it draws for a trial after a report follows from the sweep's seed, the trial and the report alone, so that a sweep
     which goes on makes the same exchanges again.
+
+    Ray Tune exchanges when the last trial reports, while others may still be saving: their own state then takes the place of
+    the one that they were given. Here an exchange waits until every trial is paused, which it is only once it has saved.
     """
 
     def __init__(self, seed: int, **settings: Any) -> None:
@@ -69,6 +73,31 @@ class _Population(PopulationBasedTraining):
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         # it looks for a searcher, to refuse any: one that expects its proposals to stay as they were would be misled
         super().on_trial_add(SimpleNamespace(search_alg=None), trial)  # pyright: ignore[reportArgumentType]
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        state, report = self._trial_state[trial], result[REPORT]
+        if report - state.last_perturbation_time < self._perturbation_interval:
+            return TrialScheduler.CONTINUE
+        self._save_trial_state(state, report, result, trial)
+        return TrialScheduler.PAUSE
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        live = [trial for trial in tune_controller.get_live_trials() if not trial.is_finished()]
+        if live and all(trial.status == Trial.PAUSED and self._waits(trial) for trial in live):
+            self._exchange(live, tune_controller)
+        return super().choose_trial_to_run(tune_controller)
+
+    def _waits(self, trial: Any) -> bool:
+        return self._trial_state[trial].last_train_time >= self._next_perturbation_sync
+
+    def _exchange(self, trials: list[Any], tune_controller: Any) -> None:
+        """Gives the worst trials the states of the best; all of them then go on to the next exchange."""
+        lower, upper = self._quantiles()
+        for trial in sorted(trials, key=lambda trial: trial not in upper):  # a state is there before it is taken
+            state = self._trial_state[trial]
+            state.last_perturbation_time = state.last_train_time
+            self._checkpoint_or_exploit(trial, tune_controller, upper, lower)
+        self._next_perturbation_sync += self._perturbation_interval
 
     def _checkpoint_or_exploit(
         self, trial: Any, tune_controller: Any, upper_quantile: list[Any], lower_quantile: list[Any]
