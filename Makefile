@@ -18,7 +18,7 @@ RUNTIME := $(VENV)/.runtime-$(DEVICE)
 DEVELOPMENT := $(VENV)/.development-$(DEVICE)
 PACKAGES := $(abspath $(VENV))/lib/python3.11/site-packages
 COMPILED := ray torch deepspeed numpy pandas pyarrow
-BENCHMARKS := sft_throughput label_head startup checkpoint_stall mixed_lora serving fused_steps sweep scheduler
+BENCHMARKS := sft_throughput label_head startup checkpoint_stall mixed_lora serving fused_steps sweep scheduler recovery
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps
 
 # Without compiled bytecode every process would spend 9 s more on importing torch and its like.
@@ -48,7 +48,7 @@ check: $(DEVELOPMENT) ## lint, format, types, layout
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
-bench: $(DEVELOPMENT) ## the benchmarks, one after the other (a quarter of an hour), and their table in README.md
+bench: $(DEVELOPMENT) ## the benchmarks, one after the other (half an hour), and their table in README.md
 	@for name in $(BENCHMARKS); do echo "$$name" >&2; $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/table.py
 

@@ -19,6 +19,7 @@ ORDER = (
     "fused_steps",
     "sweep",
     "scheduler",
+    "recovery",
 )
 ONLY = {"serving": "64 adapters"}
 """Of a benchmark with many lines, those that the table shows; all are in results/."""

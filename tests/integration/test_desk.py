@@ -146,6 +146,6 @@ def test_a_desk_that_was_restarted_listens_before_it_lets_anybody_start(drivers:
     drivers.until("b", "start")
 
 
-def test_a_service_on_the_same_cluster_has_a_desk_of_another_name() -> None:
-    """Both are detached actors, and a service that starts ends the one of its name."""
-    assert (jobs_desk.NAMESPACE, jobs_desk.NAME) != (service.NAMESPACE, service.DESK)
+def test_a_service_on_the_same_cluster_has_desks_of_other_names() -> None:
+    """All are detached actors, and a service ends those of its names."""
+    assert jobs_desk.NAMESPACE != service.NAMESPACE or not jobs_desk.NAME.startswith(service.DESK)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
 import tiny_models
 import yaml
 from serving_service import free_port
@@ -17,28 +20,30 @@ from tunesmith.cluster.kube.commands import Wanted
 from tunesmith.cluster.kube.pods import Placement
 from tunesmith.cluster.session import RaySession
 from tunesmith.serving import kube
+from tunesmith.serving.service import DESK
 from tunesmith.serving.statelog import StateLog
 from tunesmith.serving.tenants import Keys
 
 
 @pytest.fixture(scope="module")
-def address(ray_session: RaySession, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What Serve's controller is given."""
+    folder = tmp_path_factory.mktemp("kube")
+    tree = {"bases": {"tiny": {"path": str(tiny_models.make("llama", folder / "tiny")), "engine": "transformers"}}}
+    return deployed(folder / "serve.yaml", tree, folder)
+
+
+@pytest.fixture(scope="module")
+def address(ray_session: RaySession, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """URL and key of a service that Serve's controller was given as a configuration."""
     from ray import serve
-    from ray.serve.context import _get_global_client
-    from ray.serve.schema import ServeDeploySchema
 
     from tunesmith.serving.deployment import take_down
 
-    folder = tmp_path_factory.mktemp("kube")
-    written = folder / "serve.yaml"
-    tree = {"bases": {"tiny": {"path": str(tiny_models.make("llama", folder / "tiny")), "engine": "transformers"}}}
-    config = deployed(written, tree, folder)
     ray_session.nodes()
     port = config["http_options"]["port"]
     serve.start(http_options=config["http_options"])
-    client: Any = _get_global_client()
-    client.deploy_apps(ServeDeploySchema.model_validate(config), _blocking=True)
+    deploy(config, wait=True)
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 60
     while httpx.get(f"{url}/readyz").status_code != 200:
@@ -46,9 +51,22 @@ def address(ray_session: RaySession, tmp_path_factory: pytest.TempPathFactory) -
         time.sleep(0.2)
     yield (
         url,
-        Keys(StateLog(str(folder / "registry"), "keys")).create("acme", time.time(), scopes=("infer",), limits=None),
+        Keys(StateLog(registry_of(config), "keys")).create("acme", time.time(), scopes=("infer",), limits=None),
     )
     take_down(is_alone=True)  # the next service has a port of its own
+
+
+def deploy(config: dict[str, Any], wait: bool) -> None:
+    """As KubeRay does it."""
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    client: Any = _get_global_client()
+    client.deploy_apps(ServeDeploySchema.model_validate(config), _blocking=wait)
+
+
+def registry_of(config: dict[str, Any]) -> str:
+    return config["applications"][0]["args"]["registry"]
 
 
 def deployed(written: Path, tree: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -80,3 +98,50 @@ def test_nobody_is_answered_without_a_key(address: tuple[str, str]) -> None:
     url, _ = address
     assert httpx.get(f"{url}/v1/models").status_code == 401
     assert httpx.get(f"{url}/healthz").status_code == 200
+
+
+def test_a_changed_configuration_is_rolled_out_in_place_and_nobody_notices(
+    address: tuple[str, str], config: dict[str, Any]
+) -> None:
+    url, key = address
+    headers = {"Authorization": f"Bearer {key}"}
+    body = {"model": "tiny", "prompt": [5, 9, 30], "max_tokens": 20, "ignore_eos": True}
+    changed = copy.deepcopy(config)
+    changed["applications"][0]["args"]["agents"] = {
+        "panel": {"layers": [[{"model": "tiny"}]], "aggregator": {"model": "tiny"}}
+    }
+    answers: list[tuple[int, str]] = []
+    done = threading.Event()
+
+    def keep_asking() -> None:
+        with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+            while not done.is_set():
+                answer = client.post("/v1/completions", json=body)
+                answers.append((answer.status_code, answer.text))
+
+    before = actors(DESK)
+    askers = [threading.Thread(target=keep_asking) for _ in range(4)]
+    for one in askers:
+        one.start()
+    try:
+        deploy(changed, wait=False)
+        deadline = time.monotonic() + 90
+        while "panel" not in (models := httpx.get(f"{url}/v1/models", headers=headers, timeout=30)).text:
+            assert models.status_code == 200, models.text
+            assert time.monotonic() < deadline, "the change never comes"
+            time.sleep(0.1)
+        time.sleep(3)
+    finally:
+        done.set()
+        for one in askers:
+            one.join(60)
+    assert len(answers) > 20
+    assert [one for one in answers if one[0] != 200] == []
+    assert len(actors(DESK) - before) == 1, "the new one has a desk of its own"
+
+
+def actors(prefix: str) -> set[str]:
+    """Names of the detached actors that live."""
+    everywhere: Any = ray.util.list_named_actors(all_namespaces=True)
+    names = (one["name"] for one in everywhere)
+    return {name for name in names if name.startswith(prefix)}

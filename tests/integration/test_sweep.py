@@ -7,11 +7,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from sweeps import SPACE, loaded, outcome, results, sweep_recipe, with_base_and_rows
 
 from tunesmith.cluster.artifacts import verify
+from tunesmith.cluster.events import Event, Step
 from tunesmith.cluster.recipe.load import load_recipe
 from tunesmith.cluster.session import RaySession
 from tunesmith.tuning import sweep
@@ -152,7 +154,16 @@ def test_trials_with_workers_of_their_own_say_what_fused_ones_say(folder: Path, 
 @pytest.mark.matrix
 def test_the_winner_is_trained_anew_with_several_seeds(folder: Path, ray_session: RaySession) -> None:
     tune = {"trials": 2, "final": "retrain", "final_seeds": 2, "reports": 2}
-    made = sweep.run(loaded(sweep_recipe(folder, "anew", **tune)))
+    sharing: list[list[str]] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Step):
+            below = (" ".join(one.cmdline()) for one in psutil.Process().children(recursive=True))
+            sharing.append([title for title in below if "Shell" in title])
+
+    made = sweep.run(loaded(sweep_recipe(folder, "anew", **tune)), listen)
+    assert len(sharing) == 24
+    assert not any(sharing), "the workers that trials shared still hold what the winner is trained on"
     again = results(folder, "anew")["retrained"]
     assert again["seeds"] == [42, 43]
     assert again["mean"] == pytest.approx(statistics.fmean(again["values"]))

@@ -18,7 +18,7 @@ from tunesmith.cluster.errors import ServeError
 from tunesmith.serving.bases import RUNS, base_of
 from tunesmith.serving.config import Serve
 from tunesmith.serving.desk import capacity
-from tunesmith.serving.service import APPLICATION, DESK, NAMESPACE, SPARE, DeskActor, EngineReplica, GatewayReplica
+from tunesmith.serving.service import APPLICATION, SPARE, EngineReplica, GatewayReplica, desks
 
 CONTROLLER_SETTINGS = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
 """Serve replaces a proxy that has failed three checks in a row; by default it makes one in ten seconds."""
@@ -88,14 +88,10 @@ def reason(message: str) -> str:
 
 
 def application(config: Serve, bases: dict[str, BaseRef]) -> Application:
-    """The gateways before their engines, for Serve to run. The desk that they speak to is started at once."""
+    """The gateways before their engines, for Serve to run."""
     registry = config.registry if "://" in config.registry else str(Path(config.registry).absolute())
     plain = config.model_dump(mode="json") | {"registry": registry}
     digests = {name: ref.digest for name, ref in bases.items()}
-    _end_desk()  # one of an earlier service, which may have been killed, would rule by its own configuration
-    ray.remote(DeskActor).options(
-        name=DESK, namespace=NAMESPACE, lifetime="detached", max_restarts=-1, max_concurrency=10_000, num_cpus=0
-    ).remote(plain, digests)  # type: ignore[attr-defined]
     engines = {}
     for name, base in config.bases.items():
         scale: dict[str, Any] = {"num_replicas": base.replicas}
@@ -120,7 +116,7 @@ def application(config: Serve, bases: dict[str, BaseRef]) -> Application:
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=2),
         graceful_shutdown_timeout_s=60,
     )
-    return gateway.bind(plain, engines)
+    return gateway.bind(plain, digests, engines)
 
 
 def most_open(config: Serve) -> int:
@@ -130,7 +126,7 @@ def most_open(config: Serve) -> int:
 
 
 def take_down(is_alone: bool) -> None:
-    """Ends the service: requests at work may finish, then its application and the desk go.
+    """Ends the service: requests at work may finish, then its application and its desks go.
 
     Args:
         is_alone: whether nobody else uses this Ray, so that Serve itself goes too.
@@ -139,11 +135,5 @@ def take_down(is_alone: bool) -> None:
         serve.shutdown()
     elif APPLICATION in serve.status().applications:
         serve.delete(APPLICATION)
-    _end_desk()
-
-
-def _end_desk() -> None:
-    try:
-        ray.kill(ray.get_actor(DESK, NAMESPACE))
-    except ValueError:  # there is none
-        return
+    for desk in desks():
+        ray.kill(desk)

@@ -61,6 +61,7 @@ _log = logging.getLogger("ray.serve.tunesmith")
 class Backend(Protocol):
     """The desk and the engines, wherever they run."""
 
+    def begin(self) -> None: ...
     async def enter(self, entry: Entry) -> Route: ...
     def leave(self, id: str, report: Report) -> None: ...
     def generate(self, base: str, ask: Ask) -> AsyncIterator[Piece]: ...
@@ -112,6 +113,7 @@ class Gateway:
 
     @asynccontextmanager
     async def _living(self, _app: FastAPI) -> AsyncIterator[None]:
+        self._backend.begin()
         yield
         await self._outside.close()
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,8 +38,11 @@ from tunesmith.serving.metrics import Report
 from tunesmith.serving.registry import Registry
 
 APPLICATION = "tunesmith"
-DESK, NAMESPACE = "tunesmith-serving-desk", "tunesmith"
+DESK, NAMESPACE = "tunesmith-serving-desk-", "tunesmith"
+"""What the names of all desks begin with, and where they are names."""
 HEARTBEAT_S = 2.0
+DESERTED_S = 300.0
+"""A desk that has heard no gateway for so long ends."""
 NEWS_S = 5.0
 """How often an engine's replica tells the desk what it has done."""
 DESK_PATIENCE_S = 15.0
@@ -111,13 +117,14 @@ class EngineReplica:
             return await self._engine.encode(prompts, local)
 
     async def _tell(self, base: str) -> None:
-        """Tells the desk for ever what the engine does."""
-        desk: Any = ray.get_actor(DESK, NAMESPACE)
+        """Tells every desk for ever what the engine does."""
         while True:
             await asyncio.sleep(NEWS_S)
             if news := await self._engine.news():
                 found = {digest: await self._reference(digest) for digest in news.sketches}
-                desk.read_news.remote(base, news, {digest: one for digest, one in found.items() if one})
+                known = {digest: one for digest, one in found.items() if one}
+                for desk in await asyncio.to_thread(desks):
+                    desk.read_news.remote(base, news, known)
 
     async def _reference(self, digest: str) -> Reference | None:
         if digest not in self._references:
@@ -131,8 +138,36 @@ class EngineReplica:
         return self._references[digest]
 
 
+def desk_of(config: dict[str, Any], digests: dict[str, str]) -> Any:
+    """The desk of a configuration; begins it where there is none.
+
+    Each configuration has its own: while another one is rolled out in place, the gateways of both are at work, and each keep to
+    the rules that they were started with.
+
+    Args:
+        digests: base name -> digest of its weights.
+    """
+    name = DESK + hashlib.sha256(json.dumps([config, digests], sort_keys=True).encode()).hexdigest()[:16]
+    actor: Any = ray.remote(DeskActor)
+    return actor.options(
+        name=name, namespace=NAMESPACE, get_if_exists=True, lifetime="detached",
+        max_restarts=-1, max_concurrency=10_000, num_cpus=0,
+    ).remote(config, digests)  # fmt: skip
+
+
+def desks() -> list[Any]:
+    """All that there are."""
+    found = []
+    everywhere: Any = ray.util.list_named_actors(all_namespaces=True)  # its type says names alone
+    for one in everywhere:
+        if one["namespace"] == NAMESPACE and one["name"].startswith(DESK):
+            with contextlib.suppress(ValueError):  # it has ended since
+                found.append(ray.get_actor(one["name"], NAMESPACE))
+    return found
+
+
 class DeskActor:
-    """The desk in an actor of its own."""
+    """The desk in an actor of its own. It ends once its gateways have been gone for long."""
 
     def __init__(self, config: dict[str, Any], digests: dict[str, str]) -> None:
         checked = Serve(**config)
@@ -143,7 +178,8 @@ class DeskActor:
             except StorageError as error:
                 _log.warning("the registry cannot be read, and is tried again: %s", error)
                 time.sleep(2)
-        self._looking: asyncio.Task[None] | None = None
+        self._at_work: list[asyncio.Task[None]] = []
+        self._heard = time.monotonic()
 
     async def enter(self, entry: Entry) -> Route | RequestError:
         """See `Desk.enter`; a refusal is an answer: of what an actor raises, Ray spells out the traceback each time."""
@@ -162,6 +198,7 @@ class DeskActor:
 
     async def hear(self, gateway: str) -> None:
         """See `Desk.hear`."""
+        self._heard = time.monotonic()
         self._awake.hear(gateway)
 
     async def models(self, authorization: str | None) -> list[tuple[str, str]]:
@@ -179,24 +216,34 @@ class DeskActor:
     @property
     def _awake(self) -> Desk:
         """The desk, which looks for changes from its first call on: an actor's constructor has no event loop."""
-        if self._looking is None:
-            self._looking = asyncio.create_task(self._desk.keep_looking())
+        if not self._at_work:
+            self._at_work = [asyncio.create_task(one) for one in (self._desk.keep_looking(), self._end_deserted())]
         return self._desk
+
+    async def _end_deserted(self) -> None:
+        while time.monotonic() - self._heard < DESERTED_S:
+            await asyncio.sleep(HEARTBEAT_S)
+        ray.kill(ray.get_runtime_context().current_actor)
 
 
 class RayBackend:
     """The desk and the engines, as a gateway reaches them."""
 
-    def __init__(self, engines: dict[str, DeploymentHandle], gateway: str) -> None:
+    def __init__(
+        self, config: dict[str, Any], digests: dict[str, str], engines: dict[str, DeploymentHandle], gateway: str
+    ) -> None:
         self._engines, self._gateway = engines, gateway
         self._awaited = set(engines)
-        self._desk: Any = ray.get_actor(DESK, NAMESPACE)
+        self._find_desk = partial(desk_of, config, digests)
+        self._desk = self._find_desk()
         self._beating: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """Lets the desk hear this gateway from now on."""
+        self._beating = asyncio.create_task(self._beat())
 
     async def enter(self, entry: Entry) -> Route:
         """See `Desk.enter`."""
-        if self._beating is None:
-            self._beating = asyncio.create_task(self._beat())
         route = await self._at_desk("enter", entry)
         if isinstance(route, RequestError):
             raise route
@@ -274,7 +321,8 @@ class RayBackend:
             try:
                 async with asyncio.timeout(longest):
                     return await getattr(self._desk, method).remote(*arguments)
-            except (ActorDiedError, ActorUnavailableError) as error:  # it is being restarted
+            except (ActorDiedError, ActorUnavailableError) as error:  # it is being restarted, or has ended
+                self._desk = self._find_desk()
                 give_up = give_up or time.monotonic() + DESK_PATIENCE_S
                 if time.monotonic() > give_up:
                     raise RequestError("the service is restarting", 503, retry_after=5) from error
@@ -290,6 +338,7 @@ class RayBackend:
                 await self._desk.hear.remote(self._gateway)
             except RayError as error:  # a desk that restarts hears the next beat
                 _log.info("the desk did not hear this gateway: %s", error)
+                self._desk = self._find_desk()
             await asyncio.sleep(HEARTBEAT_S)
 
 
@@ -309,9 +358,10 @@ def as_request_error(error: BaseException) -> RequestError:
 class GatewayReplica:
     """One gateway, in a process of its own."""
 
-    def __init__(self, config: dict[str, Any], engines: dict[str, DeploymentHandle]) -> None:
-        self._config, self._engines = Serve(**config), engines
+    def __init__(self, config: dict[str, Any], digests: dict[str, str], engines: dict[str, DeploymentHandle]) -> None:
+        self._config = Serve(**config)
+        self._name = uuid.uuid4().hex
+        self._backend = RayBackend(config, digests, engines, self._name)
 
     def __serve_build_asgi_app__(self) -> Any:
-        name = uuid.uuid4().hex
-        return Gateway(self._config, RayBackend(self._engines, name), name).app()
+        return Gateway(self._config, self._backend, self._name).app()

@@ -36,6 +36,9 @@ class InProcess:
         self.reports: list[Report] = []
         self.leaving: set[asyncio.Task[None]] = set()
 
+    def begin(self) -> None:
+        self.desk.hear("this")
+
     async def enter(self, entry: Entry) -> Route:
         return await self.desk.enter(entry)
 

@@ -23,10 +23,10 @@ def test_a_gateway_waits_for_every_base_and_asks_no_more_then(monkeypatch: pytes
         there = {f"engine-{name}": SimpleNamespace(replica_states={"RUNNING": n}) for name, n in running.items()}
         return SimpleNamespace(applications={service.APPLICATION: SimpleNamespace(deployments=there)})
 
-    monkeypatch.setattr(service.ray, "get_actor", lambda *_names: SimpleNamespace(hear=SimpleNamespace(remote=hear)))
+    monkeypatch.setattr(service, "desk_of", lambda *_of: SimpleNamespace(hear=SimpleNamespace(remote=hear)))
     monkeypatch.setattr(service.serve, "status", status)
     engines: Any = {"one": None, "two": None}
-    backend = service.RayBackend(engines, "gateway")
+    backend = service.RayBackend({}, {}, engines, "gateway")
     assert not asyncio.run(backend.ready()), "nothing is deployed yet"
     running.update(one=1, two=0)
     assert not asyncio.run(backend.ready())

@@ -59,6 +59,9 @@ class Trainers:
             TunesmithError: they never will.
         """
 
+    def release(self) -> None:
+        """Gives the machines back that they hold. They train no more."""
+
     def why_not(self, values: Values) -> str | None:
         """Why a configuration cannot be tried; None when it can."""
         return self._why_not(values)
@@ -86,6 +89,11 @@ class SharedWorkers(Trainers):
         """Returns when every worker has its base."""
         _ = self._ready
 
+    def release(self) -> None:
+        """Ends the workers."""
+        for actor in (self.host, *self.workers):  # those who ask first
+            ray.kill(actor)  # pyright: ignore[reportArgumentType]
+
     def _too_large(self, values: Values) -> str | None:
         rank: int = recipe_of(self._recipe, values).adaptation.rank  # type: ignore[union-attr]
         narrowest = min(self._ready, key=lambda ready: ready.largest)
@@ -109,12 +117,12 @@ def trainers(ground: Ground) -> Iterator[Trainers]:
     name = f"{ground.recipe.name}-{uuid4().hex[:8]}"  # of this start: an earlier one's may not be gone yet
     workers, lanes = _shared_workers(ground, name)
     host = ray.remote(Host).options(num_cpus=0, max_concurrency=MOST_SEATS).remote()
+    at_once = trials_at_once(lanes * len(workers), trials_of(ground.tune), ground.tune.seeds)
+    shared = SharedWorkers(ground, name, workers, host, at_once)
     try:
-        at_once = trials_at_once(lanes * len(workers), trials_of(ground.tune), ground.tune.seeds)
-        yield SharedWorkers(ground, name, workers, host, at_once)
+        yield shared
     finally:
-        for actor in (host, *workers):  # those who ask first
-            ray.kill(actor)  # pyright: ignore[reportArgumentType]
+        shared.release()
 
 
 def _isolated(ground: Ground, count: int, name: str) -> Trainers:

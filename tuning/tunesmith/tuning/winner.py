@@ -43,6 +43,7 @@ def crown(ground: Ground, who: Trainers, began: float, on_event: Listener) -> Re
     on_event(Note(f"trial {best.number} wins; its model is being made"))
     retrained = None
     if tune.final == "retrain":
+        who.release()  # their GPUs are what the winner is trained on
         artifact, retrained = _retrain(ground, values, on_event)
     elif who.workers:
         artifact = _export(who.workers, ground, best, values)
