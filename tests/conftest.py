@@ -13,8 +13,10 @@ from tunesmith.cluster.session import RaySession
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# As a session does before it imports Ray, which some tests import first: every port on the loopback interface.
+# As a session does before it imports Ray, which some tests import first: every port on the loopback interface, and no Ray
+# that starts unasked.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 
 @pytest.fixture(scope="session", autouse=True)

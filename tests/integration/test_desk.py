@@ -14,13 +14,11 @@ import ray
 from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray.experimental.internal_kv import _internal_kv_get
 
-from tunesmith.cluster.jobs import desk as jobs_desk
 from tunesmith.cluster.jobs.desk import Answer, Desk
 from tunesmith.cluster.queue.state import Job
 from tunesmith.cluster.ray_nodes import ray_nodes
 from tunesmith.cluster.resources import Need
 from tunesmith.cluster.session import RaySession
-from tunesmith.serving import service
 
 SHORT_LEASE_S = 8.0
 LONG_LEASE_S = 600.0
@@ -144,8 +142,3 @@ def test_a_desk_that_was_restarted_listens_before_it_lets_anybody_start(drivers:
     assert drivers.ask("a").act == "go on"
     drivers.leave("a")
     drivers.until("b", "start")
-
-
-def test_a_service_on_the_same_cluster_has_desks_of_other_names() -> None:
-    """All are detached actors, and a service ends those of its names."""
-    assert jobs_desk.NAMESPACE != service.NAMESPACE or not jobs_desk.NAME.startswith(service.DESK)

@@ -45,8 +45,9 @@ TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it would say on the terminal what we say
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver asks Ray itself which nodes are drained
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # what still runs when a session has ended may not start another Ray, or join one
 }
-"""How Ray Train behaves in our runs. Ray hands them on to its controller and workers."""
+"""How Ray and Ray Train behave in our runs. Ray hands them on to workers."""
 
 LOCAL_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",

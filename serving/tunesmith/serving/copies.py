@@ -57,7 +57,7 @@ class Copies:
         with suppress(FileNotFoundError):
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                if not _leaving(descriptor) and path.stat().st_ino == os.fstat(descriptor).st_ino:
+                if _locked_shared(descriptor) and path.stat().st_ino == os.fstat(descriptor).st_ino:
                     os.utime(path)
                     return descriptor
             except FileNotFoundError:  # it has left between the two
@@ -96,15 +96,15 @@ class Copies:
                 left -= sizes[path]
 
 
-def _leaving(descriptor: int) -> bool:
-    """Whether somebody is about to remove the copy; else it is locked against that."""
+def _locked_shared(descriptor: int) -> bool:
+    """Locks a copy against being removed; False when somebody is about to."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        return False
     except OSError:  # some network file systems lock no folders; there no copy leaves either
         pass
-    return False
+    return True
 
 
 def _size(folder: Path) -> int:

@@ -1,7 +1,7 @@
 """The desk that every request passes: whose it is, whether it may, what its model name means now, and when its turn is.
 
-There is one in a service, so that a moved alias takes effect for all gateways at the same instant and limits count
-everywhere. It lives in a Ray actor, but knows nothing of Ray. It keeps nothing that the registry does not hold: after a
+There is one for each configuration that is at work, so that a moved alias takes effect for all its gateways at the same
+instant and limits count everywhere. It lives in a Ray actor, but knows nothing of Ray. It keeps nothing that the registry does not hold: after a
 restart only the count of requests at work begins anew.
 """
 

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -33,8 +33,7 @@ def run(path: Path, as_json: bool) -> None:
     config = load_config(path)
     check(config)
     stop, up = threading.Event(), threading.Event()
-    with signals(stop, up) as take, started(config) as url:
-        take()  # again: Ray's own handler of SIGTERM, which prints a stack, has come before it
+    with signals(stop, up), started(config) as url:
         up.set()
         if as_json:
             print_json({"url": url, "models": names(config)})
@@ -130,8 +129,8 @@ def check_room(config: Serve, nodes: Sequence[Node]) -> None:
 
 
 @contextmanager
-def signals(stop: threading.Event, up: threading.Event) -> Iterator[Callable[[], None]]:
-    """SIGINT and SIGTERM set the event; a second one ends the process at once. Yields what takes them over again.
+def signals(stop: threading.Event, up: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set the event; a second one ends the process at once.
 
     Args:
         up: whether the service runs; until then the first one interrupts what the block waits for.
@@ -146,14 +145,9 @@ def signals(stop: threading.Event, up: threading.Event) -> Iterator[Callable[[],
         if not up.is_set():
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    def take() -> None:
-        for number in before:
-            signal.signal(number, told)
-
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    take()
+    before: dict[int, Any] = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield take
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

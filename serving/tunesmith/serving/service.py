@@ -1,4 +1,4 @@
-"""The parts of the service on Ray: one desk, an engine deployment for each base, and the gateways before them."""
+"""The parts of the service on Ray: its configuration's desk, an engine deployment for each base, and the gateways before them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import hashlib
 import json
 import logging
 import os
+import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ from ray.serve.handle import DeploymentHandle
 from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import AdapterError, RequestError, StorageError
 from tunesmith.cluster.imports import uncollected
+from tunesmith.cluster.jobs.versions import code_digest
 from tunesmith.serving.bases import writes_text
 from tunesmith.serving.config import Base, Serve
 from tunesmith.serving.copies import Copies
@@ -120,11 +122,17 @@ class EngineReplica:
         """Tells every desk for ever what the engine does."""
         while True:
             await asyncio.sleep(NEWS_S)
-            if news := await self._engine.news():
-                found = {digest: await self._reference(digest) for digest in news.sketches}
-                known = {digest: one for digest, one in found.items() if one}
-                for desk in await asyncio.to_thread(desks):
-                    desk.read_news.remote(base, news, known)
+            try:
+                await self._tell_news(base)
+            except Exception:  # noqa: BLE001 - were this to end, loads, evictions and drift would fall silent
+                _log.exception("the desks were not told what the engine of %s does", base)
+
+    async def _tell_news(self, base: str) -> None:
+        if news := await self._engine.news():
+            found = {digest: await self._reference(digest) for digest in news.sketches}
+            known = {digest: one for digest, one in found.items() if one}
+            for desk in await asyncio.to_thread(desks):
+                desk.read_news.remote(base, news, known)
 
     async def _reference(self, digest: str) -> Reference | None:
         if digest not in self._references:
@@ -141,13 +149,14 @@ class EngineReplica:
 def desk_of(config: dict[str, Any], digests: dict[str, str]) -> Any:
     """The desk of a configuration; begins it where there is none.
 
-    Each configuration has its own: while another one is rolled out in place, the gateways of both are at work, and each keep to
-    the rules that they were started with.
+    Each configuration, and each version of our code, has its own: while another one is rolled out in place, the gateways of both
+    are at work, and each keep to the rules that they were started with.
 
     Args:
         digests: base name -> digest of its weights.
     """
-    name = DESK + hashlib.sha256(json.dumps([config, digests], sort_keys=True).encode()).hexdigest()[:16]
+    written = json.dumps([config, digests, code_digest()], sort_keys=True)
+    name = DESK + hashlib.sha256(written.encode()).hexdigest()[:16]
     actor: Any = ray.remote(DeskActor)
     return actor.options(
         name=name, namespace=NAMESPACE, get_if_exists=True, lifetime="detached",
@@ -169,8 +178,10 @@ def desks() -> list[Any]:
 class DeskActor:
     """The desk in an actor of its own. It ends once its gateways have been gone for long."""
 
-    def __init__(self, config: dict[str, Any], digests: dict[str, str]) -> None:
-        checked = Serve(**config)
+    def __init__(
+        self, config: dict[str, Any], digests: dict[str, str], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        checked, self._clock = Serve(**config), clock
         while True:  # Ray does not begin anew an actor whose constructor fails
             try:
                 self._desk = Desk(checked, digests, *capacity(checked))
@@ -178,8 +189,11 @@ class DeskActor:
             except StorageError as error:
                 _log.warning("the registry cannot be read, and is tried again: %s", error)
                 time.sleep(2)
-        self._at_work: list[asyncio.Task[None]] = []
-        self._heard = time.monotonic()
+        self._looking: asyncio.Task[None] | None = None
+        self._heard = clock()
+        threading.Thread(
+            target=self._end_deserted, args=(ray.get_runtime_context().current_actor,), daemon=True
+        ).start()
 
     async def enter(self, entry: Entry) -> Route | RequestError:
         """See `Desk.enter`; a refusal is an answer: of what an actor raises, Ray spells out the traceback each time."""
@@ -198,7 +212,7 @@ class DeskActor:
 
     async def hear(self, gateway: str) -> None:
         """See `Desk.hear`."""
-        self._heard = time.monotonic()
+        self._heard = self._clock()
         self._awake.hear(gateway)
 
     async def models(self, authorization: str | None) -> list[tuple[str, str]]:
@@ -216,14 +230,14 @@ class DeskActor:
     @property
     def _awake(self) -> Desk:
         """The desk, which looks for changes from its first call on: an actor's constructor has no event loop."""
-        if not self._at_work:
-            self._at_work = [asyncio.create_task(one) for one in (self._desk.keep_looking(), self._end_deserted())]
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._desk.keep_looking())
         return self._desk
 
-    async def _end_deserted(self) -> None:
-        while time.monotonic() - self._heard < DESERTED_S:
-            await asyncio.sleep(HEARTBEAT_S)
-        ray.kill(ray.get_runtime_context().current_actor)
+    def _end_deserted(self, me: Any) -> None:
+        while self._clock() - self._heard < DESERTED_S:
+            time.sleep(HEARTBEAT_S)
+        ray.kill(me)
 
 
 class RayBackend:
@@ -321,8 +335,7 @@ class RayBackend:
             try:
                 async with asyncio.timeout(longest):
                     return await getattr(self._desk, method).remote(*arguments)
-            except (ActorDiedError, ActorUnavailableError) as error:  # it is being restarted, or has ended
-                self._desk = self._find_desk()
+            except (ActorDiedError, ActorUnavailableError) as error:  # it is being restarted
                 give_up = give_up or time.monotonic() + DESK_PATIENCE_S
                 if time.monotonic() > give_up:
                     raise RequestError("the service is restarting", 503, retry_after=5) from error
@@ -335,11 +348,19 @@ class RayBackend:
     async def _beat(self) -> None:
         while True:
             try:
-                await self._desk.hear.remote(self._gateway)
+                await self._hear()
             except RayError as error:  # a desk that restarts hears the next beat
                 _log.info("the desk did not hear this gateway: %s", error)
-                self._desk = self._find_desk()
+            except Exception:  # noqa: BLE001 - were this to end, the desk would let this gateway's requests go
+                _log.exception("the desk is not found")
             await asyncio.sleep(HEARTBEAT_S)
+
+    async def _hear(self) -> None:
+        try:
+            await self._desk.hear.remote(self._gateway)
+        except ActorDiedError:  # it may have ended, having heard nobody for long
+            self._desk = await asyncio.to_thread(self._find_desk)
+            await self._desk.hear.remote(self._gateway)
 
 
 def as_request_error(error: BaseException) -> RequestError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import shutil
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -100,3 +102,23 @@ def test_a_version_that_is_nowhere_is_refused_each_time(registry: Registry, tmp_
             assert refused.value.status == 503
 
     asyncio.run(main())
+
+
+def test_a_copy_that_is_being_removed_is_not_taken_into_use(
+    registry: Registry, versions: list[Version], tmp_path: Path
+) -> None:
+    at, folder = copies(registry, tmp_path, 4), tmp_path / "cache" / versions[0].digest
+
+    async def main() -> None:
+        await use(at, versions[0])
+        remover = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(remover, fcntl.LOCK_EX)
+        taking = asyncio.create_task(use(at, versions[0]))
+        await asyncio.sleep(0.1)
+        assert not taking.done()
+        shutil.rmtree(folder)
+        os.close(remover)
+        await asyncio.wait_for(taking, 30)
+
+    asyncio.run(main())
+    assert kept(tmp_path) == {versions[0].digest}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,33 +13,31 @@ import pytest
 from tunesmith.serving import service
 
 
-@pytest.fixture
-def killed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Actors that were ended; a gateway falls silent after 0.3 s."""
-    found: list[str] = []
-    monkeypatch.setattr(service, "HEARTBEAT_S", 0.02)
-    monkeypatch.setattr(service, "DESERTED_S", 0.3)
-    monkeypatch.setattr(service.ray, "kill", found.append)
+def test_a_desk_ends_once_no_gateway_was_heard_for_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    looked, now, killed = threading.Semaphore(0), [0.0], threading.Event()
+
+    def sleep(_seconds: float) -> None:
+        """Each look at the clock waits for the test."""
+        looked.release()
+        going_on.acquire(timeout=30)
+
+    going_on = threading.Semaphore(0)
+    monkeypatch.setattr(service.time, "sleep", sleep)
+    monkeypatch.setattr(service.ray, "kill", lambda actor: killed.set() if actor == "this one" else None)
     monkeypatch.setattr(service.ray, "get_runtime_context", lambda: SimpleNamespace(current_actor="this one"))
-    return found
-
-
-def desk(tmp_path: Path) -> service.DeskActor:
     config = {"bases": {"tiny": {"path": "tiny"}}, "registry": str(tmp_path / "registry")}
-    return service.DeskActor(config, {"tiny": "0" * 64})
-
-
-def test_a_desk_without_gateways_ends_and_one_with_gateways_does_not(killed: list[str], tmp_path: Path) -> None:
-    async def heard_for(seconds: float) -> None:
-        actor = desk(tmp_path)
-        for _ in range(round(seconds / 0.05)):
-            await actor.hear("gateway")
-            await asyncio.sleep(0.05)
-        assert killed == []
-        await asyncio.sleep(0.5)
-
-    asyncio.run(heard_for(0.8))
-    assert killed == ["this one"]
+    actor = service.DeskActor(config, {"tiny": "0" * 64}, clock=lambda: now[0])
+    for at, heard in ((service.DESERTED_S - 1, True), (2 * service.DESERTED_S - 2, False)):
+        assert looked.acquire(timeout=30)
+        now[0] = at
+        if heard:
+            asyncio.run(actor.hear("gateway"))
+        going_on.release()
+    assert looked.acquire(timeout=30), "it was heard at last"
+    now[0] = 2 * service.DESERTED_S
+    assert not killed.is_set()
+    going_on.release()
+    assert killed.wait(30)
 
 
 def test_each_configuration_has_a_desk_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

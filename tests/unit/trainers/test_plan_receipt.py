@@ -66,9 +66,10 @@ def test_an_attempt_that_goes_on_measures_only_what_none_before_it_has(tmp_path:
     meter = StepMeter(SimpleNamespace(), torch.device("cpu"))
     assert not is_measured(path, meter)
     meter.causes, meter.shape = Bytes(weights=7), LARGE
-    for meter.steps in (1, 2):  # a run may be killed after the first
+    for steps, is_whole in ((1, False), (2, True)):  # a run may be killed after the first
+        meter.steps = steps
         keep_measured(path, meter)
-        assert is_measured(path, meter) == (meter.steps == meter.wanted)
+        assert is_measured(path, meter) == is_whole
     kept = Measured.model_validate_json(path.read_bytes())
     assert (kept.steps, kept.workers[0].shape, kept.workers[0].causes) == (2, LARGE, {"weights": 7})
     assert not is_measured(path, StepMeter(SimpleNamespace(), torch.device("meta"))), "another kind of device"

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from tunesmith.trainers.launch import Inputs
 
 POLL_SECONDS = 0.2
+LEAVE_SECONDS = 5.0
+"""How long the thread that looks after lost workers may take to see that it is left."""
 OUT_OF_MEMORY_SIGNS = ("OutOfMemoryError", "running low on memory", "out of memory")
 """What Ray says of a worker that its memory monitor has ended."""
 
@@ -113,6 +115,8 @@ def fit(
                 on_event(Step(line))
             watchman.look(on_event)
     finally:
+        trainer.leave()
+        work.join(LEAVE_SECONDS)
         shutil.rmtree(scratch, ignore_errors=True)
     if watchman.lost_head is not None:
         return Ending(cause=watchman.lost_head)
@@ -133,7 +137,7 @@ def _scaling(need: Need, nodes: Sequence[str]) -> ScalingConfig:
 
 
 class _Work(threading.Thread):
-    """`trainer.fit()` off the main thread, where Ray Train would take SIGINT for itself."""
+    """`trainer.fit()` in a thread of its own: the main one watches, and is told of signals."""
 
     def __init__(self, trainer: ClusterTrainer) -> None:
         super().__init__(name="ray-train", daemon=True)
@@ -163,7 +167,7 @@ def _ending(failure: TrainingFailedError | RayError | None, folder: RunFolder, a
     if isinstance(failure, ControllerError):
         return Ending(cause=f"Ray Train could not start them: {_first_line(failure.controller_failure)}")
     if failure is not None:
-        return Ending(cause=f"Ray lost the controller: {_first_line(failure)}")
+        return Ending(cause=f"Ray failed: {_first_line(failure)}")
     return Ending()
 
 

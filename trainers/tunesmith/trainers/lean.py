@@ -9,6 +9,7 @@ that fits, in a process that has imported all that already; its placement groups
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Any
 
@@ -67,6 +68,13 @@ class ClusterTrainer(DataParallelTrainer):
     """On a cluster that others use too."""
 
     controller: type[TrainController] = _Controller
+    _looking_after: asyncio.Task[None] | None = None
+
+    def leave(self) -> None:
+        """Has `fit` return soon, whatever becomes of the workers: their cluster is lost. For another thread than that of `fit`."""
+        if self._looking_after is not None:
+            with contextlib.suppress(RuntimeError):  # it has returned
+                self._looking_after.get_loop().call_soon_threadsafe(self._looking_after.cancel)
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         unused = DatasetsCallback | PlacementGroupCleanerCallback
@@ -76,12 +84,18 @@ class ClusterTrainer(DataParallelTrainer):
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # how an attempt ended is for us to tell
         try:
             controller = self.controller(**settings)
-            asyncio.run(controller.run())
+            asyncio.run(self._look_after_workers(controller))
             return controller.get_result()
         except RayError:
             raise
+        except asyncio.CancelledError as left:
+            raise ControllerError(RuntimeError("the workers were left")) from left
         except Exception as failure:  # such as what Ray Train makes of a damaged index of its own
             raise ControllerError(failure) from failure
+
+    async def _look_after_workers(self, controller: TrainController) -> None:
+        self._looking_after = asyncio.current_task()
+        await controller.run()
 
 
 class LocalTrainer(ClusterTrainer):

@@ -16,6 +16,7 @@ from ray import tune as ray_tune
 from ray.tune import Callback, PlacementGroupFactory, RunConfig, Stopper, TuneConfig, Tuner
 
 from tunesmith.cluster.errors import TunesmithError, WorkerError
+from tunesmith.cluster.recipe.tune import Tune
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers.stopping import StopSignals
 from tunesmith.tuning.board import Board
@@ -62,10 +63,8 @@ def search(ground: Ground, who: Trainers, began: float, board: Board, signals: S
         run_config=RunConfig(name="tune", storage_path=str(folder.scratch), stop=budget, callbacks=[watch], verbose=0),
     )
     work = _Work(tuner)
-    if tune.scheduler in PAUSING:  # all of them exist before the first report is judged
-        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(trials_of(tune))
     seats = contextlib.nullcontext() if who.host is None else seated(who.host)
-    with _settings(), seats:
+    with _settings(tune), seats:
         work.start()
         who.wait()
         while work.is_alive():
@@ -183,9 +182,9 @@ class _Work(threading.Thread):
 
 
 def _why(trial: Any) -> str:
-    """The last error of a trial, from the file that Ray Tune writes at once; its accessors read a copy that is made later."""
-    if trial.pickled_error_file is None:
-        return "Ray Tune knows no cause"
+    """The last error of a trial, from the files that Ray Tune writes at once; its accessors read copies that are made later."""
+    if trial.pickled_error_file is None:  # it was none that a task or an actor raised
+        return Path(trial.error_file).read_text().strip().rpartition("\n")[2]
     error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
     cause = getattr(error, "cause", error)
     if isinstance(cause, TunesmithError):
@@ -198,7 +197,7 @@ def _values(trial: Any) -> Values:
 
 
 @contextlib.contextmanager
-def _settings() -> Iterator[None]:
+def _settings(tune: Tune) -> Iterator[None]:
     """How Ray Tune behaves in a sweep: it writes nothing that our records have, and prints nothing."""
     wanted = {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -208,6 +207,8 @@ def _settings() -> Iterator[None]:
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of reports that nobody waits for any more, when the budget is spent
     }
+    if tune.scheduler in PAUSING:  # all of them exist before the first report is judged
+        wanted["TUNE_MAX_PENDING_TRIALS_PG"] = str(trials_of(tune))
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -32,6 +32,10 @@ FREE_AFTER = ("failed", "stopped", "lost")
 """Ends after which a key stands for the next job of its run."""
 
 
+class HeadNotJoinedError(ConnectionError):
+    """A head answers that has just been started."""
+
+
 class Cluster:
     """A Ray cluster's jobs."""
 
@@ -167,7 +171,7 @@ class Cluster:
         speaking = {node["raylet"]["nodeId"] for node in summary if node.get("hostname")}
         heads = sorted((int(node["startTimeMs"]), node["nodeId"]) for node in nodes if node.get("isHeadNode"))
         if not heads or heads[-1][1] not in speaking:
-            raise ConnectionError("its head has not yet joined it")
+            raise HeadNotJoinedError("its head has not yet joined it")
         gone = {id for _, id in heads[:-1]}
         return {node["nodeId"] for node in nodes if node.get("state") == "ALIVE"} - gone
 
@@ -194,6 +198,11 @@ class Cluster:
             return ResourceError(
                 f"the cluster at {self.address} does not take this token: {_told(error)}",
                 "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token.",
+            )
+        if isinstance(error, HeadNotJoinedError):
+            return ResourceError(
+                f"the cluster at {self.address} answers, but {error}",
+                "A head that has just started takes some seconds.",
             )
         return ResourceError(
             f"no cluster answers at {self.address}: {_told(error)}",

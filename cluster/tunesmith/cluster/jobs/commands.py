@@ -316,9 +316,12 @@ def exit_code_of(job: JobRecord) -> int:
 
 
 def _until_ended(job: JobRecord, address: str | None) -> JobRecord:
+    asked_at = time.monotonic()
     while not job.ended:
         time.sleep(FOLLOW_S)
-        job = View(address).job(job.id)
+        written = _from_folder(job)
+        if (written is not None and written.ended) or time.monotonic() - asked_at > ASK_CLUSTER_S:
+            job, asked_at = View(address).job(job.id), time.monotonic()
     return job
 
 

@@ -62,7 +62,7 @@ def state_of(record: JobRecord, seen: Seen | None, now: float, reachable: bool =
 def _ended(seen: Seen) -> tuple[str, str]:
     if seen.status == "SUCCEEDED":
         return "succeeded", ""
-    if seen.status == "STOPPED" or seen.exit_code in (75, 143):
+    if seen.status == "STOPPED" or seen.exit_code in (SAVED, STOPPED_AT_ONCE):
         return "stopped", "submitted again, it goes on from its newest checkpoint, if it has one"
     return "failed", error_in(seen.message) or seen.message.strip().partition("\n")[0]
 

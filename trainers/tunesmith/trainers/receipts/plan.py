@@ -1,6 +1,6 @@
 """The plan receipt: what each worker's device held in the first steps, beside what the planner says for the same batches.
 
-It never fails a run: a figure that is off is shown, and what cannot be simulated is said.
+No figure fails a run: one that is off is shown, and what cannot be simulated is said.
 """
 
 from __future__ import annotations
