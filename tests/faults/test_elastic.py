@@ -247,7 +247,9 @@ def test_a_machine_that_is_lost_is_done_without_and_one_that_comes_is_used(
 def test_a_machine_that_is_drained_is_left_at_once_and_no_step_is_lost(
     tmp_path: Path, tiny_base: Path, fixed: Path, cluster: RayCluster
 ):
-    nodes, within_s = [cluster.add_node(), cluster.add_node()], 600
+    within_s = 600
+    for _ in range(2):
+        cluster.add_node()
     command, run = elastic_on(cluster, tmp_path, tiny_base)
     reached = [0]
 
@@ -266,7 +268,7 @@ def test_a_machine_that_is_drained_is_left_at_once_and_no_step_is_lost(
     finally:
         command.kill()
     assert code == 0, said
-    assert all(node.process.poll() is None for node in nodes), "the machine was there all the time"
+    assert " lost " not in said, "the machine was there until its worker had left it"
     assert "of rank 1 is to be taken away within" in said
     assert waited_s < within_s / 3
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
