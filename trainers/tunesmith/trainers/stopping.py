@@ -52,7 +52,8 @@ class StopSignals:
         return error
 
     def __enter__(self) -> StopSignals:
-        self._install()
+        if threading.current_thread() is threading.main_thread():
+            self._before.update({number: signal.signal(number, self._handle) for number in SIGNALS})
         return self
 
     def __exit__(
@@ -61,13 +62,6 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before.clear()
-
-    def _install(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in SIGNALS:
-            before = signal.signal(number, self._handle)
-            self._before.setdefault(number, before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

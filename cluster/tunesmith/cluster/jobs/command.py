@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -87,7 +88,5 @@ class _Reader(threading.Thread):
 
 def _end_with_me() -> None:
     """In the command, before it begins: if the driver dies, the kernel tells it to save and stop."""
-    import ctypes
-
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

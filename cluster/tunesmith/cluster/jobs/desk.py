@@ -10,12 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
 from tunesmith.cluster.queue.decide import decide
-from tunesmith.cluster.queue.shares import Usage, dominant_share
+from tunesmith.cluster.queue.shares import Usage, dominant_share, totals_of
 from tunesmith.cluster.queue.state import Behind, Decision, Job, NeverFits, Policy, Running
 from tunesmith.cluster.ray_nodes import ray_nodes
 from tunesmith.cluster.resources import Need, Node
@@ -29,8 +29,7 @@ DECIDE_S = 0.5
 class Answer:
     """What a driver is to do."""
 
-    act: str
-    """`wait`, `start`, `go on` or `save`."""
+    act: Literal["wait", "start", "go on", "save"]
     why: str = ""
     placed: Mapping[str, int] = field(default_factory=dict)
     """Of `start`: workers by the id of the node on which they are to be."""
@@ -93,7 +92,7 @@ class Desk:
 
     def _release(self, ticket: _Ticket, now: float) -> None:
         if ticket.running is not None:
-            share = dominant_share(ticket.job.need, _totals([node.has(node.id) for node in ray_nodes()]))
+            share = dominant_share(ticket.job.need, totals_of([node.has(node.id) for node in ray_nodes()]))
             self._usage.charge(ticket.job.user, share, ticket.running.started_at, now)
             ticket.running = None
 
@@ -161,14 +160,6 @@ def wanted(decision: Decision, waiting: Sequence[Job]) -> list[Job]:
     too_large = [id for id, reason in decision.waits.items() if isinstance(reason, NeverFits)]
     first = {*list(decision.waits)[:1], *too_large[:1]}
     return [job for job in waiting if job.id in first]
-
-
-def _totals(nodes: list[Node]) -> tuple[float, float, float]:
-    return (
-        sum(node.cpus for node in nodes),
-        sum(node.gpus for node in nodes),
-        sum(node.memory_gib for node in nodes),
-    )
 
 
 def find_desk() -> Any:

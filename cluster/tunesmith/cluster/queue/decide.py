@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tunesmith.cluster.queue.room import Amounts, Cluster, Held
-from tunesmith.cluster.queue.shares import in_order
+from tunesmith.cluster.queue.shares import in_order, totals_of
 from tunesmith.cluster.queue.state import (
     Behind,
     Decision,
@@ -54,12 +54,7 @@ def decide(
     nodes = sorted(nodes, key=lambda node: node.name)
     running = sorted(running, key=lambda held: held.job.id)
     cluster = Cluster(nodes)
-    totals = (
-        sum(node.cpus for node in nodes),
-        sum(node.gpus for node in nodes),
-        sum(node.memory_gib for node in nodes),
-    )
-    order = in_order(queue, running, usage or {}, totals, policy or Policy())
+    order = in_order(queue, running, usage or {}, totals_of(nodes), policy or Policy())
     held = Held(cluster, running)
     return _Pass(cluster, running, held, cluster.total_N3 - held.by(running), now).over(order)
 

@@ -17,7 +17,7 @@ from operator import attrgetter
 import numpy as np
 
 from tunesmith.cluster.queue.state import Job, Policy, Running
-from tunesmith.cluster.resources import Need
+from tunesmith.cluster.resources import Need, Node
 
 Totals = tuple[float, float, float]
 """CPUs, GPUs and GiB of memory of the whole cluster."""
@@ -43,6 +43,15 @@ class Usage:
     def now(self, now: float) -> dict[str, float]:
         """Of all users."""
         return {user: self.of(user, now) for user in self._at}
+
+
+def totals_of(nodes: Sequence[Node]) -> Totals:
+    """CPUs, GPUs and memory (GiB) of all nodes together."""
+    return (
+        sum(node.cpus for node in nodes),
+        sum(node.gpus for node in nodes),
+        sum(node.memory_gib for node in nodes),
+    )
 
 
 def dominant_share(need: Need, totals: Totals) -> float:
