@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -18,6 +19,15 @@ from tunesmith.trainers.stopping import StopSignals
 def test_before_training_a_signal_ends_the_command(number: signal.Signals, kind: type[Exception]):
     with StopSignals("bot"), pytest.raises(kind, match="training had not begun"):
         os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, StoppedError), (signal.SIGINT, InterruptedRunError)])
+def test_a_signal_whose_error_a_library_has_caught_is_not_forgotten(number: signal.Signals, kind: type[Exception]):
+    with StopSignals("bot") as signals:
+        with contextlib.suppress(Exception):
+            os.kill(os.getpid(), number)
+        with pytest.raises(kind, match="training had not begun"):
+            signals.stop_with(lambda: None)
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,14 @@ class StopSignals:
         self._before: dict[signal.Signals, object] = {}
 
     def stop_with(self, request: Callable[[], None]) -> None:
-        """From now on a first signal calls `request` and lets the run end by itself. Until now it raised at once."""
+        """From now on a first signal calls `request` and lets the run end by itself. Until now it raised at once.
+
+        Raises:
+            StoppedError, InterruptedRunError: one came before, and what it raised was caught by whatever it broke into.
+        """
         self._request = request
+        if self.received is not None:
+            raise self.error("training had not begun")
 
     def acknowledge(self, on_event: Listener) -> None:
         """Says once what a received signal brings about. Not in the handler, which may have broken into a print."""
