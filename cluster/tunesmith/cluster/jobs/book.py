@@ -81,6 +81,10 @@ class Book:
             self._storage_fails(f"storage fails: {failing.what}; what the job says is written when it can be")
         self._tell_store(text)
 
+    def add_event(self, text: str) -> None:
+        """Adds to the job's events what the log has already."""
+        self._tell_store(text)
+
     def beat(self) -> None:
         """Notes now and then that the job lives."""
         if time.time() - self.record.heard_at > NOTE_S:

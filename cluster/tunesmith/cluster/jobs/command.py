@@ -10,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-ERROR, WAITING = "error: ", "waiting up to "
-"""How lines begin that say why a command has failed (`console.show_error`), or what an elastic run waits for."""
+ERROR, WAITING, FAULT = "error: ", "waiting up to ", "warning: attempt "
+"""How lines begin that say why a command has failed (`console.show_error`), what an elastic run waits for, or what became of an
+attempt: that it lost workers, that it hangs, or with how many it goes on."""
 
 
 class Command:
@@ -57,6 +59,11 @@ class Command:
         """What it waits for, if that is the last that it has said."""
         return self._said.last if self._said.last.startswith(WAITING) else ""
 
+    def faults(self) -> list[str]:
+        """What it has said of its attempts since this was asked last."""
+        said = self._said.faults
+        return [said.popleft() for _ in range(len(said))]
+
     def wait(self) -> int:
         """Its exit code, when it has ended and all that it printed was said."""
         self._process.wait()
@@ -76,6 +83,7 @@ class _Reader(threading.Thread):
         super().__init__(daemon=True)
         self._stream, self._say = stream, say
         self.last = self.error = ""
+        self.faults: deque[str] = deque()
         self.start()
 
     def run(self) -> None:
@@ -83,6 +91,8 @@ class _Reader(threading.Thread):
             self.last = line.rstrip("\n")
             if self.last.startswith(ERROR):
                 self.error = self.last.removeprefix(ERROR)
+            elif self.last.startswith(FAULT):
+                self.faults.append(self.last)
             self._say(self.last)
 
 

@@ -242,6 +242,8 @@ class Driver:
                 self.book.note("is told to save and stop", state="saving", why="stopped by its user")
             if self.book.record.state == "running" and command.waits != self.book.record.why:
                 self.book.note(why=command.waits)
+            for fault in command.faults():
+                self.book.add_event(fault)
             self._pause(command)
         code = command.wait()
         if code == 0:
