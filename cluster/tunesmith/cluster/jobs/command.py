@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-ERROR, WAITING, FAULT = "error: ", "waiting up to ", "warning: attempt "
-"""How lines begin that say why a command has failed (`console.show_error`), what an elastic run waits for, or what became of an
-attempt: that it lost workers, that it hangs, or with how many it goes on."""
+ERROR, WAITING, WARNING = "error: ", "waiting up to ", "warning: "
+"""How lines begin that say why a command has failed (`console.show_error`), what an elastic run waits for, or what is amiss."""
+FAULT = f"{WARNING}attempt "
+"""How those begin that say what became of an attempt: that it lost workers, that it hangs, or with how many it goes on."""
 
 
 class Command:
@@ -92,7 +93,7 @@ class _Reader(threading.Thread):
             if self.last.startswith(ERROR):
                 self.error = self.last.removeprefix(ERROR)
             elif self.last.startswith(FAULT):
-                self.faults.append(self.last)
+                self.faults.append(self.last.removeprefix(WARNING))
             self._say(self.last)
 
 

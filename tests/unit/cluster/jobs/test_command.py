@@ -29,9 +29,11 @@ def test_a_command_that_has_no_handler_yet_ends_of_the_signal(tmp_path: Path) ->
 
 
 def test_what_becomes_of_attempts_is_told_apart_from_all_that_is_printed() -> None:
-    lost = "warning: attempt 1 lost rank 1 (process 7 on node-1 died); going on from the checkpoint of step 4"
+    lost = "attempt 1 lost rank 1 (process 7 on node-1 died); going on from the checkpoint of step 4"
     said: list[str] = []
-    reader = _Reader(io.StringIO(f"step 5\n{lost}\nwarning: rank 1 takes 1.3 times as long\nerror: no\n"), said.append)
+    reader = _Reader(
+        io.StringIO(f"step 5\nwarning: {lost}\nwarning: rank 1 takes 1.3 times as long\nerror: no\n"), said.append
+    )
     reader.join(30)
     assert len(said) == 4
     assert list(reader.faults) == [lost]
