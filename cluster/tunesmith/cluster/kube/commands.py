@@ -15,6 +15,18 @@ if TYPE_CHECKING:
 
 Number = TypeVar("Number", int, float)
 SHARED_CLAIM = "tunesmith-shared"
+FOR_RECIPES = {
+    "network": "--network-resource",
+    "topology": "--topology",
+    "retries": "--retries",
+    "deadline": "--deadline",
+    "start": "--start-deadline",
+    "storage": "--storage-gb-s",
+    "overrides": "--set",
+}
+"""Options of `render` that a serving configuration has no use for, by their parameters."""
+FOR_SERVING = {"name": "--name", "weights": "--weights"}
+"""Those that a recipe has no use for."""
 AsJson = Annotated[bool, Option("--json", help="Print one line of JSON on standard output.")]
 
 k8s = typer.Typer(
@@ -57,7 +69,7 @@ def validate(
         print_json({"valid": not found, "documents": count, "left_out": others, "findings": findings})
     check.refuse(found, count)
     if not as_json:
-        say(stderr(), "1 document is valid" if count == 1 else f"{count} documents are valid")
+        say(stderr(), f"{_count(count)} {'is' if count == 1 else 'are'} valid")
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,7 @@ def add_render(make: Callable[[Wanted], list[dict[str, Any]]]) -> None:
 
     @k8s.command("render")
     def render(
+        context: typer.Context,
         what: Annotated[Path, typer.Argument(metavar="RECIPE|CONFIG", help="Or a serving file.", show_default=False)],
         fleet: Annotated[str | None, Option("--fleet", help="Such as 2x8xH100-80GB. [default: CPUs]")] = None,
         fleets: Annotated[Path | None, Option("--fleets", metavar="FILE", help="GPUs and fleets of your own.")] = None,
@@ -126,6 +139,7 @@ def add_render(make: Callable[[Wanted], list[dict[str, Any]]]) -> None:
         from tunesmith.cluster.console import say, stderr
 
         bases = _bases(what)
+        _refuse_unused(context, serves=bases is not None)
         on_gpu = fleet is not None if bases is None else any(base.get("gpus") for base in bases.values())
         devices = _pairs("--network-resource", network or [], int)
         where = _placement(image, on_gpu, namespace, claim, queue, priority, secret, devices, topology)
@@ -144,11 +158,29 @@ def add_render(make: Callable[[Wanted], list[dict[str, Any]]]) -> None:
             name,
             sizes,
         )
-        say(stderr(), f"sizing the pods of {what}: the planner simulates a step, which may take a minute")
+        if not wanted.serves:
+            say(stderr(), f"sizing the pods of {what}: the planner simulates a step, which may take a minute")
         documents = make(wanted)
         if needed := [] if wanted.serves else _on_claim(wanted):
             say(stderr(), f"copy to the claim {claim} first, unless the hub has it: {', '.join(needed)}")
         _finish(documents, out, as_json)
+
+
+def _refuse_unused(context: typer.Context, serves: bool) -> None:
+    """Raises UsageError for an option that was given and that the file has no use for."""
+    from tunesmith.cluster.errors import UsageError
+
+    unused = [
+        option
+        for parameter, option in (FOR_RECIPES if serves else FOR_SERVING).items()
+        if (source := context.get_parameter_source(parameter)) and source.name != "DEFAULT"
+    ]
+    if unused:
+        kinds = ("a serving configuration", "recipes") if serves else ("a recipe", "serving configurations")
+        raise UsageError(
+            f"{', '.join(unused)}: {context.params['what']} is {kinds[0]}, which has no use for it",
+            f"Leave it out; it is for {kinds[1]}.",
+        )
 
 
 def _bases(path: Path) -> dict[str, Any] | None:
@@ -213,9 +245,13 @@ def _finish(documents: Sequence[dict[str, Any]], out: Path | None, as_json: bool
     if as_json:
         print_json({"documents": list(documents), "files": files})
     elif out:
-        say(stderr(), f"{len(documents)} documents in {out}: kubectl apply -k {out}")
+        say(stderr(), f"{_count(len(documents))} in {out}: kubectl apply -k {out}")
     else:
         typer.echo(output.as_yaml(documents), nl=False)
+
+
+def _count(documents: int) -> str:
+    return f"{documents} document{'s' if documents > 1 else ''}"
 
 
 def _pairs(option: str, texts: Sequence[str], number: Callable[[str], Number]) -> dict[str, Number]:
