@@ -132,7 +132,7 @@ def test_options_of_recipes_are_refused_even_with_their_defaults(tmp_path: Path,
 
     path = tmp_path / "serve.yaml"
     path.write_text(yaml.safe_dump({"bases": {"llama": LLAMA}}))
-    with pytest.raises(UsageError, match=rf"^{option}: .*serve\.yaml is a serving configuration") as refused:
+    with pytest.raises(UsageError, match=rf"^{option}: of no use to .*serve\.yaml, a serving configuration") as refused:
         app(["k8s", "render", str(path), option, value], standalone_mode=False)
     assert refused.value.exit_code == 2
 

@@ -25,6 +25,8 @@ FOR_RECIPES = {
     "overrides": "--set",
 }
 """Options of `render` that a serving configuration has no use for, by their parameters."""
+NEEDED = {"network": "fleet", "fleets": "fleet", "topology": "queue"}
+"""Options that do nothing without another: adapters are for pods with GPUs, and topology is Kueue's."""
 FOR_SERVING = {"name": "--name", "weights": "--weights"}
 """Those that a recipe has no use for."""
 AsJson = Annotated[bool, Option("--json", help="Print one line of JSON on standard output.")]
@@ -167,20 +169,20 @@ def add_render(make: Callable[[Wanted], list[dict[str, Any]]]) -> None:
 
 
 def _refuse_unused(context: typer.Context, serves: bool) -> None:
-    """Raises UsageError for an option that was given and that the file has no use for."""
+    """Raises UsageError for an option that was given and would do nothing."""
     from tunesmith.cluster.errors import UsageError
 
-    unused = [
-        option
-        for parameter, option in (FOR_RECIPES if serves else FOR_SERVING).items()
-        if (source := context.get_parameter_source(parameter)) and source.name != "DEFAULT"
-    ]
+    sources = {parameter: context.get_parameter_source(parameter) for parameter in context.params}
+    given = {parameter for parameter, source in sources.items() if source and source.name != "DEFAULT"}
+    unused = [option for parameter, option in (FOR_RECIPES if serves else FOR_SERVING).items() if parameter in given]
     if unused:
-        kinds = ("a serving configuration", "recipes") if serves else ("a recipe", "serving configurations")
-        raise UsageError(
-            f"{', '.join(unused)}: {context.params['what']} is {kinds[0]}, which has no use for it",
-            f"Leave it out; it is for {kinds[1]}.",
-        )
+        kind, other = ("a serving configuration", "recipes") if serves else ("a recipe", "serving configurations")
+        what = f"{', '.join(unused)}: of no use to {context.params['what']}, {kind}"
+        raise UsageError(what, f"Leave out what is for {other}.")
+    for parameter, needed in NEEDED.items():
+        if parameter in given and needed not in given:
+            option = FOR_RECIPES.get(parameter, f"--{parameter}")
+            raise UsageError(f"{option}: of no use without --{needed}", f"Add --{needed}, or leave it out.")
 
 
 def _bases(path: Path) -> dict[str, Any] | None:
