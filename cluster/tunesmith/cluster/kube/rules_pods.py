@@ -47,7 +47,7 @@ def check(document: Document) -> Iterator[Finding]:
 
 
 def _of_pod(pod: Pod) -> Iterator[Finding]:
-    policy = pod.spec.get("restartPolicy", "Always")
+    policy = pod.spec.get("restartPolicy") or RESTART_POLICIES[0]
     if policy not in RESTART_POLICIES:
         fix = f"Write one of {', '.join(RESTART_POLICIES)}."
         yield Finding("core.policy", (*pod.path, "restartPolicy"), f"{policy} is none", fix)
@@ -71,7 +71,7 @@ def _toleration_mistakes(toleration: Object) -> Iterator[tuple[str, str, str]]:
 
 
 def _of_container(path: KeyPath, container: Object) -> Iterator[Finding]:
-    name, policy = container["name"], container.get("imagePullPolicy", PULL_POLICIES[0])
+    name, policy = container["name"], container.get("imagePullPolicy") or PULL_POLICIES[0]
     if len(name) > 63 or not DNS_1123.fullmatch(name):
         fix = "At most 63 lower-case letters, digits and dashes."
         yield Finding("core.container-name", (*path, "name"), f"{name!r} is no DNS label", fix)

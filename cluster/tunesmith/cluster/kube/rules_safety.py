@@ -64,7 +64,7 @@ RULES = {
     "security.exposed": "services are reachable inside the cluster alone: no LoadBalancer, NodePort, external address or ingress",
     "security.open-ingress": "a network policy names who may come in",
     "security.auth": "a Ray cluster asks for a token: its jobs API runs what it is given",
-    "security.plain-secret": "no secret stands in a manifest, in an environment, a runtime environment, an entrypoint, a ConfigMap or a Secret; it is referred to",
+    "security.plain-secret": "no secret stands in a manifest, in an environment, a container's command, a runtime environment, an entrypoint, a ConfigMap or a Secret; it is referred to",
     "security.image": "an image has a tag that stays, or a digest",
     "security.namespace": "a namespace enforces the restricted standard",
     "security.wildcard": "a role names what it is for",
@@ -172,6 +172,10 @@ def _environment(path: KeyPath, container: Object) -> Iterator[Finding]:
             what = f"{entry['name']} has its value in the manifest"
             fix = "Write valueFrom: {secretKeyRef: {name: …, key: …}}."
             yield Finding("security.plain-secret", (*path, "env", index), what, fix)
+    for key in ("command", "args"):
+        if found := _secret(" ".join(container.get(key) or [])):
+            fix = "Make it the container's environment, from a Secret, and write $(NAME) here."
+            yield Finding("security.plain-secret", (*path, key), f"it holds what looks like {found}", fix)
 
 
 def _secret(text: str) -> str:

@@ -236,6 +236,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         "security.plain-secret",
         "DB has its value in the manifest",
     ),
+    ("a key in a container's command", job(), {f"{BOX}.args": ["--token", "hf_" + "a" * 30]}, "security.plain-secret", "write $(NAME) here"),
     ("a key in a command", job(), {"spec.entrypoint": "tunesmith train a --token hf_" + "a" * 30}, "security.plain-secret", "envFrom"),
     (
         "a key of an application",
