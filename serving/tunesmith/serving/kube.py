@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from tunesmith.cluster.errors import ResourceError, ServeConfigError
+from tunesmith.cluster.errors import FleetError, ResourceError, ServeConfigError, UsageError
 from tunesmith.cluster.fleet import parse_fleet
 from tunesmith.cluster.fleet_file import load_fleets
 from tunesmith.cluster.kube import rayservice
 from tunesmith.cluster.kube.commands import Wanted
 from tunesmith.cluster.kube.pods import PodSize, object_name, on_claim, shared_memory_gib
-from tunesmith.serving.config import Base, load_config
+from tunesmith.serving.config import Base, Serve, load_config
 
 APPLICATION = "tunesmith"
 IMPORT_PATH = "tunesmith.serving.deployment:from_mapping"
@@ -31,15 +32,21 @@ def documents(wanted: Wanted, weights_gib: Callable[[str, str], float]) -> list[
 
     Raises:
         ServeConfigError: the configuration is wrong, or open to everybody.
+        UsageError: a size is given of a base that the configuration has not.
+        FleetError: a fleet is given, and no base uses GPUs.
         ModelError: nobody knows how large a base is.
         ResourceError: a base's weights do not fit the GPUs of its replica.
     """
     path = wanted.path
-    gpu = parse_fleet(wanted.fleet, load_fleets(wanted.fleets)).gpu.memory_gib if wanted.fleet else None
     config = load_config(path)
+    gpu = _gpu_gib(wanted, config)
     if config.http.auth != "keys":
         what = f"{path}: http.auth: {config.http.auth} lets everybody in who reaches the service"
         raise ServeConfigError(what, "Write auth: keys, and make keys with tunesmith keys create.")
+    for name in wanted.weights.keys() - config.bases.keys():
+        near = difflib.get_close_matches(name, config.bases, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Its bases are {', '.join(config.bases)}."
+        raise UsageError(f"--weights {name}={wanted.weights[name]:g}: {path} has no base {name}", hint)
     plain = config.model_dump(mode="json", exclude_unset=True)
     plain["registry"] = on_claim("registry", config.registry)
     plain["http"] = plain.get("http", {}) | {"host": "0.0.0.0", "port": rayservice.PORT}
@@ -59,6 +66,18 @@ def documents(wanted: Wanted, weights_gib: Callable[[str, str], float]) -> list[
         ray_version=version("ray"),
     )
     return rayservice.documents(service, wanted.placement)
+
+
+def _gpu_gib(wanted: Wanted, config: Serve) -> float | None:
+    """Memory of one GPU of the fleet; None without a fleet."""
+    if wanted.fleet is None:
+        return None
+    if not any(base.gpus for base in config.bases.values()):
+        raise FleetError(
+            f"--fleet {wanted.fleet}: no base of {wanted.path} has gpus, so its pods would have none",
+            "Write gpus: 1 below the bases that are to have GPUs, or leave --fleet out.",
+        )
+    return parse_fleet(wanted.fleet, load_fleets(wanted.fleets)).gpu.memory_gib
 
 
 def _require_room(name: str, base: Base, weights_gib: float, gpu_gib: float | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tunesmith.cluster.errors import ModelError, ResourceError, ServeConfigError, UsageError
+from tunesmith.cluster.errors import FleetError, ModelError, ResourceError, ServeConfigError, UsageError
 from tunesmith.cluster.kube import check
 from tunesmith.cluster.kube.commands import Wanted
 from tunesmith.cluster.kube.pods import Placement
@@ -95,3 +95,55 @@ def test_a_base_of_unknown_size_has_to_be_said(tmp_path: Path) -> None:
 def test_a_folder_of_this_machine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="only the claim at /shared"):
         made(tmp_path, {"bases": {"own": {"path": "/data/model"}}})
+
+
+@pytest.mark.parametrize(
+    ("tree", "wanted", "error", "words"),
+    [
+        (LLAMA, {"weights": {"lama": 16.0}}, UsageError, "--weights lama=16: {path} has no base lama Did you mean llama?"),
+        (LLAMA, {"weights": {"qwen": 16.0}}, UsageError, "Its bases are llama."),
+        ({**LLAMA, "gpus": 0}, {"fleet": "1xH100-80GB"}, FleetError, "no base of {path} has gpus"),
+    ],
+    ids=["a misspelt base", "no such base", "GPUs for nothing"],
+)  # fmt: skip
+def test_sizes_and_fleets_that_no_base_uses_are_refused(
+    tmp_path: Path, tree: dict[str, Any], wanted: dict[str, Any], error: type[UsageError], words: str
+) -> None:
+    with pytest.raises(error) as refused:
+        made(tmp_path, {"bases": {"llama": tree}}, **wanted)
+    assert words.format(path=tmp_path / "serve.yaml") in f"{refused.value.what} {refused.value.fix}"
+    assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--topology", "example.org/rack"),
+        ("--set", "train.epochs=1"),
+        ("--deadline", "60"),
+        ("--start-deadline", "60"),
+        ("--retries", "3"),
+        ("--storage-gb-s", "1"),
+        ("--network-resource", "rdma/ib=8"),
+    ],
+)
+def test_options_of_recipes_are_refused_even_with_their_defaults(tmp_path: Path, option: str, value: str) -> None:
+    from tunesmith.cluster.main import app
+
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump({"bases": {"llama": LLAMA}}))
+    with pytest.raises(UsageError, match=rf"^{option}: of no use to .*serve\.yaml, a serving configuration") as refused:
+        app(["k8s", "render", str(path), option, value], standalone_mode=False)
+    assert refused.value.exit_code == 2
+
+
+def test_one_document_is_told_of_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tunesmith.cluster.main import app
+
+    path, out = tmp_path / "serve.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump({"bases": {"llama": LLAMA}}))
+    app(["k8s", "render", str(path), "--fleet", "1xH100-80GB", "--out", str(out)], standalone_mode=False)
+    app(["k8s", "validate", str(out / "rayservice.yaml")], standalone_mode=False)
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.startswith("1 document in ")
+    assert told.endswith(" 1 document is valid")

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import re
 import shutil
+from collections import defaultdict
+from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
 
@@ -173,6 +175,33 @@ def test_the_claim_is_as_large_as_the_table_says() -> None:
     (overlay,) = re.findall(r"storage, value: (\S+)\}", (OVERLAY / "kustomization.yaml").read_text())
     assert quantity(overlay) >= int(asked) * 2**40
     assert f"which asks for {overlay.removesuffix('Ti')} TiB" in page()
+
+
+@pytest.mark.parametrize("name", FLEETS)
+def test_the_queue_of_the_runbook_admits_the_job(name: str) -> None:
+    """Head, workers and submitter together are within the quota, and no pod that always runs takes a GPU from them."""
+    if not any(shutil.which(words[0]) for words in check.KUSTOMIZE):
+        pytest.skip("neither kubectl nor kustomize is here to build the overlay")
+    documents = [document for _, document in check.read([OVERLAY])]
+    (queue,) = (document["spec"] for document in documents if document["kind"] == "ClusterQueue")
+    quotas = {
+        one["name"]: quantity(one["nominalQuota"]) for one in queue["resourceGroups"][0]["flavors"][0]["resources"]
+    }
+    spec = yaml.safe_load((EXAMPLE / name / "manifests" / "rayjob.yaml").read_text())["spec"]
+    cluster = spec["rayClusterSpec"]
+    templates = [(1, spec["submitterPodTemplate"]), (1, cluster["headGroupSpec"]["template"])]
+    templates += [(group["replicas"], group["template"]) for group in cluster["workerGroupSpecs"]]
+    needed: defaultdict[str, Decimal] = defaultdict(Decimal)
+    for count, template in templates:
+        for box in template["spec"]["containers"]:
+            for kind, amount in box["resources"]["requests"].items():
+                needed[kind] += count * quantity(amount)
+    assert {kind: amount for kind, amount in needed.items() if amount > quotas[kind]} == {}
+    assert "RayService" not in {document["kind"] for document in documents}
+    (desk,) = (document["spec"] for document in documents if document["kind"] == "RayCluster")
+    for group in desk["workerGroupSpecs"]:
+        asks = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert group["minReplicas"] == 0 or "nvidia.com/gpu" not in asks
 
 
 def test_the_runbook_names_one_image_throughout(tmp_path: Path) -> None:

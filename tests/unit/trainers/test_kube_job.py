@@ -233,3 +233,28 @@ def test_the_command_writes_a_folder_that_the_other_command_accepts(
     files = [str(folder / name) for name in ("configmap.yaml", "rayjob.yaml")]
     app(["k8s", "validate", *files, "--json"], standalone_mode=False)
     assert json.loads(capsys.readouterr().out) == {"valid": True, "documents": 2, "left_out": [], "findings": []}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "needed"),
+    [
+        ("--network-resource", "rdma/ib=8", "--fleet"),
+        ("--fleets", "fleets.yaml", "--fleet"),
+        ("--topology", "example.org/rack", "--queue"),
+    ],
+)
+def test_options_that_do_nothing_alone_are_refused(option: str, value: str, needed: str) -> None:
+    from tunesmith.cluster.main import app
+
+    with pytest.raises(UsageError, match=rf"^{option}: of no use without {needed}") as refused:
+        app(["k8s", "render", str(SUPPORT / "lora.yaml"), option, value], standalone_mode=False)
+    assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("option", "value"), [("--name", "bot"), ("--weights", "llama=16")])
+def test_options_of_serving_configurations_are_refused(option: str, value: str) -> None:
+    from tunesmith.cluster.main import app
+
+    with pytest.raises(UsageError, match=rf"^{option}: of no use to .*lora\.yaml, a recipe") as refused:
+        app(["k8s", "render", str(SUPPORT / "lora.yaml"), option, value], standalone_mode=False)
+    assert refused.value.exit_code == 2

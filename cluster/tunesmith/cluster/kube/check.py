@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from tunesmith.cluster.errors import UsageError
-from tunesmith.cluster.kube import rules_cluster, rules_job, rules_kueue, rules_pods, rules_safety, schemas
+from tunesmith.cluster.kube import rules_cluster, rules_job, rules_kueue, rules_pods, rules_safety, schemas, strict
 from tunesmith.cluster.kube.findings import Document, Finding
 
 KUSTOMIZATION = "kustomization.yaml"
@@ -128,10 +128,10 @@ def load(text: str, file: str) -> list[Any]:
     """What YAML makes of a text; empty documents are left out.
 
     Raises:
-        UsageError: it is no YAML.
+        UsageError: it is no YAML, or a key stands twice in a mapping.
     """
     try:
-        return [document for document in yaml.safe_load_all(text) if document is not None]
+        return [document for document in strict.load_all(text) if document is not None]
     except yaml.YAMLError as error:
         raise UsageError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
 

@@ -15,6 +15,20 @@ if TYPE_CHECKING:
 
 Number = TypeVar("Number", int, float)
 SHARED_CLAIM = "tunesmith-shared"
+FOR_RECIPES = {
+    "network": "--network-resource",
+    "topology": "--topology",
+    "retries": "--retries",
+    "deadline": "--deadline",
+    "start": "--start-deadline",
+    "storage": "--storage-gb-s",
+    "overrides": "--set",
+}
+"""Options of `render` that a serving configuration has no use for, by their parameters."""
+NEEDED = {"network": "fleet", "fleets": "fleet", "topology": "queue"}
+"""Options that do nothing without another: adapters are for pods with GPUs, and topology is Kueue's."""
+FOR_SERVING = {"name": "--name", "weights": "--weights"}
+"""Those that a recipe has no use for."""
 AsJson = Annotated[bool, Option("--json", help="Print one line of JSON on standard output.")]
 
 k8s = typer.Typer(
@@ -57,7 +71,7 @@ def validate(
         print_json({"valid": not found, "documents": count, "left_out": others, "findings": findings})
     check.refuse(found, count)
     if not as_json:
-        say(stderr(), "1 document is valid" if count == 1 else f"{count} documents are valid")
+        say(stderr(), f"{_count(count)} {'is' if count == 1 else 'are'} valid")
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,7 @@ def add_render(make: Callable[[Wanted], list[dict[str, Any]]]) -> None:
 
     @k8s.command("render")
     def render(
+        context: typer.Context,
         what: Annotated[Path, typer.Argument(metavar="RECIPE|CONFIG", help="Or a serving file.", show_default=False)],
         fleet: Annotated[str | None, Option("--fleet", help="Such as 2x8xH100-80GB. [default: CPUs]")] = None,
         fleets: Annotated[Path | None, Option("--fleets", metavar="FILE", help="GPUs and fleets of your own.")] = None,
@@ -126,6 +141,7 @@ def add_render(make: Callable[[Wanted], list[dict[str, Any]]]) -> None:
         from tunesmith.cluster.console import say, stderr
 
         bases = _bases(what)
+        _refuse_unused(context, serves=bases is not None)
         on_gpu = fleet is not None if bases is None else any(base.get("gpus") for base in bases.values())
         devices = _pairs("--network-resource", network or [], int)
         where = _placement(image, on_gpu, namespace, claim, queue, priority, secret, devices, topology)
@@ -144,11 +160,29 @@ def add_render(make: Callable[[Wanted], list[dict[str, Any]]]) -> None:
             name,
             sizes,
         )
-        say(stderr(), f"sizing the pods of {what}: the planner simulates a step, which may take a minute")
+        if not wanted.serves:
+            say(stderr(), f"sizing the pods of {what}: the planner simulates a step, which may take a minute")
         documents = make(wanted)
         if needed := [] if wanted.serves else _on_claim(wanted):
             say(stderr(), f"copy to the claim {claim} first, unless the hub has it: {', '.join(needed)}")
         _finish(documents, out, as_json)
+
+
+def _refuse_unused(context: typer.Context, serves: bool) -> None:
+    """Raises UsageError for an option that was given and would do nothing."""
+    from tunesmith.cluster.errors import UsageError
+
+    sources = {parameter: context.get_parameter_source(parameter) for parameter in context.params}
+    given = {parameter for parameter, source in sources.items() if source and source.name != "DEFAULT"}
+    unused = [option for parameter, option in (FOR_RECIPES if serves else FOR_SERVING).items() if parameter in given]
+    if unused:
+        kind, other = ("a serving configuration", "recipes") if serves else ("a recipe", "serving configurations")
+        what = f"{', '.join(unused)}: of no use to {context.params['what']}, {kind}"
+        raise UsageError(what, f"Leave out what is for {other}.")
+    for parameter, needed in NEEDED.items():
+        if parameter in given and needed not in given:
+            option = FOR_RECIPES.get(parameter, f"--{parameter}")
+            raise UsageError(f"{option}: of no use without --{needed}", f"Add --{needed}, or leave it out.")
 
 
 def _bases(path: Path) -> dict[str, Any] | None:
@@ -213,9 +247,13 @@ def _finish(documents: Sequence[dict[str, Any]], out: Path | None, as_json: bool
     if as_json:
         print_json({"documents": list(documents), "files": files})
     elif out:
-        say(stderr(), f"{len(documents)} documents in {out}: kubectl apply -k {out}")
+        say(stderr(), f"{_count(len(documents))} in {out}: kubectl apply -k {out}")
     else:
         typer.echo(output.as_yaml(documents), nl=False)
+
+
+def _count(documents: int) -> str:
+    return f"{documents} document{'s' if documents > 1 else ''}"
 
 
 def _pairs(option: str, texts: Sequence[str], number: Callable[[str], Number]) -> dict[str, Number]:

@@ -9,6 +9,7 @@ from tunesmith.cluster.kube.objects import (
     DNS_1035,
     DNS_1123,
     LABEL_VALUE,
+    SUBDOMAIN,
     Group,
     Object,
     RayCluster,
@@ -32,6 +33,7 @@ SIZES = ("num-cpus", "num-gpus", "memory", "resources")
 RULES = {
     "kuberay.name": "a RayCluster's name has at most 53 characters, a RayJob's or RayService's 47, all of them a DNS-1035 label",
     "kuberay.containers": "the head and every worker group have a container",
+    "kuberay.group-names": "worker groups have different names, of which pods' names and labels can be made",
     "kuberay.replica-bounds": "replica bounds are there unless the autoscaler sets them, not negative, in order, and hold the replicas",
     "kuberay.group-resources": "a group's resources stand in `resources` or in `rayStartParams`, not in both",
     "kuberay.group-labels": "a group's Ray labels stand in `labels`, in Kubernetes' syntax, not in `rayStartParams`",
@@ -62,6 +64,7 @@ def check(document: Document, gates: frozenset[str] = frozenset()) -> Iterator[F
         return
     for group in (cluster.head, *cluster.workers):
         yield from _group(group)
+    yield from _group_names(cluster)
     for group in cluster.workers:
         yield from _worker_group(group, cluster)
     yield from _gcs(document, cluster)
@@ -104,6 +107,19 @@ def _group(group: Group) -> Iterator[Finding]:
             yield Finding("kuberay.group-labels", (*group.path, "labels", key), what, fix)
 
 
+def _group_names(cluster: RayCluster) -> Iterator[Finding]:
+    seen: set[str] = set()
+    for group in cluster.workers:
+        path = (*group.path, "groupName")
+        if len(group.name) > 63 or not SUBDOMAIN.fullmatch(group.name.lower()):  # a pod's name has it in lower case
+            fix = "At most 63 lower-case letters, digits and dashes."
+            yield Finding("kuberay.group-names", path, f"{group.name!r} is no part of a pod's name", fix)
+        if group.name in seen:
+            what = f"a second worker group named {group.name}"
+            yield Finding("kuberay.group-names", path, what, "Give it another name: they must be unique.")
+        seen.add(group.name)
+
+
 def _worker_group(group: Group, cluster: RayCluster) -> Iterator[Finding]:
     least, most = group.spec.get("minReplicas"), group.spec.get("maxReplicas")
 
@@ -113,12 +129,15 @@ def _worker_group(group: Group, cluster: RayCluster) -> Iterator[Finding]:
     if not cluster.autoscales and (least is None or most is None):
         key = "minReplicas" if least is None else "maxReplicas"
         yield bounds(key, f"group {group.name} has none, and nothing scales it", "Write minReplicas and maxReplicas.")
-    for key, value in (("minReplicas", least), ("maxReplicas", most)):
+    wanted = group.spec.get("replicas")
+    for key, value in (("minReplicas", least), ("maxReplicas", most), ("replicas", wanted)):
         if value is not None and value < 0:
             yield bounds(key, f"group {group.name}: {value} is negative", "Write 0 or more.")
     if least is not None and most is not None and least > most:
         yield bounds("minReplicas", f"group {group.name}: {least} is more than maxReplicas {most}", "Swap them.")
-    wanted = group.spec.get("replicas")
+    if wanted is not None and least is not None and 0 <= wanted < least:
+        what = f"group {group.name}: {wanted} is less than minReplicas {least}, and {least} would start"
+        yield bounds("replicas", what, f"Write {least}, or lower minReplicas.")
     if wanted is not None and most is not None and wanted > most >= 0:
         what = f"group {group.name}: {wanted} is more than maxReplicas {most}, and no more than {most} would start"
         yield bounds("replicas", what, f"Write {most}, or raise maxReplicas.")

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from tunesmith.cluster.kube import strict
 from tunesmith.cluster.kube.findings import Document, Finding
 from tunesmith.cluster.kube.objects import Object, RayCluster, annotations_of, ray_cluster
 from tunesmith.cluster.recipe.lines import KeyPath
@@ -19,11 +20,11 @@ STRATEGIES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
 ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
 """What goes first."""
 
-SHELL = re.compile(r"[();<>|&$`]+|.*[$`].*")
-"""Words that a shell does not pass on as they are."""
+SHELL = re.compile(r"[();<>|&$`\n]+|.*[$`].*", re.DOTALL)
+"""Words that a shell does not pass on as they are. A line's end, too, begins another command."""
 
 RULES = {
-    "job.entrypoint": "an entrypoint is one command without shell operators, which the submitter's own shell would run there",
+    "job.entrypoint": "an entrypoint is one command in one line without shell operators, which the submitter's own shell would run there",
     "kuberay.job-cluster": "a RayJob has a cluster of its own or selects one that is there, by name, and not in sidecar mode",
     "kuberay.suspend": "only a RayJob with shutdownAfterJobFinishes and a cluster of its own may be suspended",
     "kuberay.ttl": "ttlSecondsAfterFinished is not negative and goes with shutdownAfterJobFinishes",
@@ -33,6 +34,7 @@ RULES = {
     "kuberay.runtime-env": "runtimeEnvYAML is YAML, a mapping",
     "kuberay.job-auth": "a RayJob or RayService does not authenticate by Kubernetes tokens",
     "kuberay.deletion": "a deletion strategy is whole, has no two rules of one condition, deletes workers before the cluster before the job, and only what there is to delete",
+    "kuberay.serve-config": "a RayService has a serveConfigV2, which is YAML, a mapping",
     "kuberay.service": "a RayService leaves the head service's name to the operator, and its times are positive",
     "kuberay.service-upgrade": "a RayService's upgrade strategy is one that there is, and an incremental one is complete",
 }
@@ -93,14 +95,19 @@ def _job(spec: Object, cluster: RayCluster | None) -> Iterator[Finding]:
 
 def _entrypoint(text: str) -> Iterator[Finding]:
     path, fix = ("spec", "entrypoint"), "Put them into a script of the image, or quote them for two shells."
-    words = shlex.shlex(text, posix=False, punctuation_chars="();<>|&")
-    words.whitespace_split, words.commenters = True, ""
+    words = shlex.shlex(text.replace("\\\n", " "), posix=False, punctuation_chars="();<>|&\n")
+    words.whitespace_split, words.commenters, words.whitespace = True, "", " \t\r"
     try:
         taken = [word for word in words if SHELL.fullmatch(word) and not word.startswith("'")]
     except ValueError as error:
         yield Finding("job.entrypoint", path, f"{str(error).lower()}", fix)
         return
-    if taken:
+    if any("\n" in word for word in taken if not word.startswith('"')):
+        what = "it has a line's end, where the submitter's shell would end the command"
+        yield Finding(
+            "job.entrypoint", path, what, "Write one line; entrypoint: >- joins several, and ends without one."
+        )
+    elif taken:
         what = f"{' '.join(taken)} would be taken by the submitter's shell, not by the job's"
         yield Finding("job.entrypoint", path, what, fix)
 
@@ -120,14 +127,16 @@ def _submission(spec: Object, cluster: RayCluster | None) -> Iterator[Finding]:
         if cluster is not None and policy != "Never":
             path = (*cluster.head.path, "template", "spec", "restartPolicy")
             yield Finding("kuberay.sidecar", path, f"the head's is {policy}", "Write Never, or leave it out.")
-    if spec.get("runtimeEnvYAML"):
-        try:
-            tree = yaml.safe_load(spec["runtimeEnvYAML"])
-            problem = "" if isinstance(tree, dict) else "it is no mapping"
-        except yaml.YAMLError as error:
-            problem = " ".join(str(error).split())
-        if problem:
-            yield Finding("kuberay.runtime-env", ("spec", "runtimeEnvYAML"), problem, "Write it as a mapping in YAML.")
+    if spec.get("runtimeEnvYAML") and (problem := _no_mapping(spec["runtimeEnvYAML"])):
+        yield Finding("kuberay.runtime-env", ("spec", "runtimeEnvYAML"), problem, "Write it as a mapping in YAML.")
+
+
+def _no_mapping(text: str) -> str:
+    """What is wrong with a text that is to be a mapping in YAML; empty when nothing is."""
+    try:
+        return "" if isinstance(strict.load(text), dict) else "it is no mapping"
+    except yaml.YAMLError as error:
+        return " ".join(str(error).split())
 
 
 def _deletion(spec: Object, cluster: RayCluster | None) -> Iterator[Finding]:
@@ -189,6 +198,10 @@ def _service(document: Document, spec: Object, cluster: RayCluster | None) -> It
         if not written or not re.search(r"[1-9]", timeout):
             path = ("metadata", "annotations", TIMEOUT)
             yield Finding("kuberay.service", path, f"{timeout!r} is no time", "Write such as 30m, or seconds.")
+    if problem := _no_mapping(spec.get("serveConfigV2") or ""):
+        what = problem if spec.get("serveConfigV2") else "there is none, so nothing would be served"
+        fix = "Write a mapping in YAML, with applications."
+        yield Finding("kuberay.serve-config", ("spec", "serveConfigV2"), what, fix)
     if cluster is None:
         return
     service = cluster.head.spec.get("headService") or {}

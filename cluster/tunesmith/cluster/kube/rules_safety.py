@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from tunesmith.cluster.jobs.secrets import looks_like
 from tunesmith.cluster.kube.findings import Document, Finding
 from tunesmith.cluster.kube.objects import (
     GPU,
@@ -40,17 +41,18 @@ VOLUMES = (
 SECRET_NAME = re.compile(
     r"(?i)(^|_)(token|password|passwd|secret|credentials?|api_?key|access_?key|private_?key)(_|$)(?!path|file|mode|name|id$|type)"
 )
-SECRET_VALUE = re.compile(
-    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY"
-    r"|eyJ[A-Za-z0-9_-]{20,}\.eyJ|(?i:(?:token|password|secret|api_?key)\s*[:=]\s*['\"]?(?=\S*\d)(?=\S*[a-z])[a-z0-9/+_-]{20,})"
+SECRET_ASSIGNED = re.compile(
+    r"(?i)(?:token|password|secret|api_?key)\s*[:=]\s*['\"]?(?=\S*\d)(?=\S*[a-z])[a-z0-9/+_-]{20,}"
 )
+REFERENCE = re.compile(r"\$\(\w+\)|\$\{\w+\}")
+"""How a value refers to another variable, such as one that comes from a Secret."""
 CLUSTER_WIDE = ("Namespace", "ClusterQueue", "ResourceFlavor", "WorkloadPriorityClass", "Topology", "PriorityClass")
 OUTSIDE = ("LoadBalancer", "NodePort", "ExternalName")
 ENFORCE = "pod-security.kubernetes.io/enforce"
 
 RULES = {
     "core.namespace": "what belongs to the whole cluster stands in no namespace",
-    "core.quantity": "amounts of resources are quantities",
+    "core.quantity": "amounts of resources are quantities, and none is negative",
     "core.name": "names, namespaces and labels have Kubernetes' syntax",
     "security.non-root": "no container runs as root",
     "security.seccomp": "every container has the runtime's seccomp profile, or one of the node's",
@@ -62,7 +64,7 @@ RULES = {
     "security.exposed": "services are reachable inside the cluster alone: no LoadBalancer, NodePort, external address or ingress",
     "security.open-ingress": "a network policy names who may come in",
     "security.auth": "a Ray cluster asks for a token: its jobs API runs what it is given",
-    "security.plain-secret": "no secret stands in a manifest, in an environment, a runtime environment, an entrypoint, a ConfigMap or a Secret; it is referred to",
+    "security.plain-secret": "no secret stands in a manifest, in an environment, a container's command, a runtime environment, an entrypoint, a ConfigMap or a Secret; it is referred to",
     "security.image": "an image has a tag that stays, or a digest",
     "security.namespace": "a namespace enforces the restricted standard",
     "security.wildcard": "a role names what it is for",
@@ -166,10 +168,22 @@ def _container(pod: Pod, path: KeyPath, container: Object) -> Iterator[Finding]:
 def _environment(path: KeyPath, container: Object) -> Iterator[Finding]:
     for index, entry in enumerate(container.get("env") or []):
         value = entry.get("value") or ""
-        if value and (SECRET_NAME.search(entry["name"]) or SECRET_VALUE.search(value)):
+        if value and (SECRET_NAME.search(entry["name"]) or _secret(value)):
             what = f"{entry['name']} has its value in the manifest"
             fix = "Write valueFrom: {secretKeyRef: {name: …, key: …}}."
             yield Finding("security.plain-secret", (*path, "env", index), what, fix)
+    for key in ("command", "args"):
+        if found := _secret(" ".join(container.get(key) or [])):
+            fix = "Make it the container's environment, from a Secret, and write $(NAME) here."
+            yield Finding("security.plain-secret", (*path, key), f"it holds what looks like {found}", fix)
+
+
+def _secret(text: str) -> str:
+    """What kind of secret a text looks like, empty when like none; a commit or a digest is none."""
+    found = looks_like(REFERENCE.sub("", text))
+    if found and found != "a long run of hexadecimal digits":
+        return found
+    return "a secret" if SECRET_ASSIGNED.search(text) else ""
 
 
 def _ray_texts(document: Document) -> Iterator[Finding]:
@@ -188,8 +202,8 @@ def _ray_texts(document: Document) -> Iterator[Finding]:
             yield Finding(
                 "security.plain-secret", ("spec", key), f"{', '.join(named)} in env_vars, with its value", fix
             )
-        elif SECRET_VALUE.search(text):
-            yield Finding("security.plain-secret", ("spec", key), "it holds what looks like a secret", fix)
+        elif found := _secret(text):
+            yield Finding("security.plain-secret", ("spec", key), f"it holds what looks like {found}", fix)
 
 
 def _secret_variables(tree: Any) -> Iterator[str]:
@@ -202,7 +216,7 @@ def _secret_variables(tree: Any) -> Iterator[str]:
     for key, value in tree.items():
         if key == "env_vars" and isinstance(value, dict):
             for name, given in value.items():
-                if given and (SECRET_NAME.search(str(name)) or SECRET_VALUE.search(str(given))):
+                if given and (SECRET_NAME.search(str(name)) or _secret(str(given))):
                     yield str(name)
         else:
             yield from _secret_variables(value)
@@ -221,11 +235,15 @@ def _resources(pod: Pod, path: KeyPath, container: Object) -> Iterator[Finding]:
     limits = resources.get("limits") or {}
     requests = {**limits, **(resources.get("requests") or {})}
     place: KeyPath = (*path, "resources")
-    if wrong := [(kind, amount) for kind, amount in (requests | limits).items() if not is_quantity(amount)]:
-        for kind, amount in wrong:
+    written = [*requests.items(), *limits.items()]
+    if wrong := dict(pair for pair in written if not is_quantity(pair[1])):
+        for kind, amount in wrong.items():
             what = f"container {name}: {amount!r} is no quantity"
             yield Finding("core.quantity", (*place, kind), what, as_quantity(amount))
         return
+    for kind, amount in dict(pair for pair in written if quantity(pair[1]) < 0).items():
+        what = f"container {name}: {kind} {amount} is negative"
+        yield Finding("core.quantity", (*place, kind), what, "Write 0 or more.")
     gpus = {kind: amount for kind, amount in {**requests, **limits}.items() if GPU.fullmatch(kind)}
     for kind in ("cpu", "memory"):
         if kind not in requests:
@@ -309,8 +327,8 @@ def _of_its_kind(document: Document) -> Iterator[Finding]:
         yield Finding("security.plain-secret", ("data",), "a secret's value in a manifest", fix)
     if kind == "ConfigMap":
         for key, value in (document.get("data") or {}).items():
-            if SECRET_VALUE.search(value or ""):
-                what = f"{key} holds what looks like a secret"
+            if found := _secret(value or ""):
+                what = f"{key} holds what looks like {found}"
                 yield Finding("security.plain-secret", ("data", key), what, "Refer to a Secret from the pod instead.")
     if kind == "Namespace" and labels_of(document).get(ENFORCE) != "restricted":
         what = f"it enforces {labels_of(document).get(ENFORCE, 'nothing')}"

@@ -56,8 +56,8 @@ def test_every_overlay_is_whole(overlay: Path) -> None:
     documents = built(overlay)
     assert {"Namespace", "NetworkPolicy", "ResourceQuota", "PersistentVolumeClaim"} <= {d["kind"] for _, d in documents}
     assert [cluster["metadata"]["name"] for cluster in of_kind(documents, "RayCluster")] == ["desk"]
-    service = of_kind(documents, "RayService")[0]
-    assert service["spec"]["upgradeStrategy"]["type"] == "NewCluster"
+    strategies = [service["spec"]["upgradeStrategy"]["type"] for service in of_kind(documents, "RayService")]
+    assert strategies == ([] if overlay.name == "gpu-multi-node" else ["NewCluster"])
     claims = {claim["metadata"]["name"] for claim in of_kind(documents, "PersistentVolumeClaim")}
     for _, document in documents:
         for pod in pods(document):
@@ -94,9 +94,10 @@ def test_overlays_with_gpus_have_queues_scaling_groups_and_monitors() -> None:
         assert "tunesmith-serving.json" in of_kind(documents, "ConfigMap")[0]["data"]
 
 
-def test_the_queue_of_one_node_grants_no_gpu_that_others_have() -> None:
+@pytest.mark.parametrize(("name", "held", "gpus"), [("gpu-single-node", 1, 8), ("gpu-multi-node", 0, 32)])
+def test_the_queue_grants_no_gpu_that_others_have(name: str, held: int, gpus: int) -> None:
     """What runs outside the queue is counted by its topology; what always runs there is not in its quota."""
-    documents = built(FOLDER / "overlays" / "gpu-single-node")
+    documents = built(FOLDER / "overlays" / name)
     (queue,), (flavor,) = of_kind(documents, "ClusterQueue"), of_kind(documents, "ResourceFlavor")
     assert flavor["spec"]["topologyName"] in [it["metadata"]["name"] for it in of_kind(documents, "Topology")]
     groups = [
@@ -111,7 +112,7 @@ def test_the_queue_of_one_node_grants_no_gpu_that_others_have() -> None:
     )
     (resources,) = (given["resources"] for given in queue["spec"]["resourceGroups"][0]["flavors"])
     (quota,) = (one["nominalQuota"] for one in resources if one["name"] == "nvidia.com/gpu")
-    assert (always, quota + always) == (1, 8)
+    assert (always, quota + always) == (held, gpus)
 
 
 @pytest.mark.parametrize(("device", "fleet", "secret"), [("cpu", None, None), ("gpu", "1xL40S", "tunesmith")])

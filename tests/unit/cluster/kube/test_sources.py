@@ -65,3 +65,16 @@ def test_a_folder_may_hold_other_files_and_they_are_named(tmp_path: Path) -> Non
 def test_a_manifest_without_a_kind_is_none_that_is_left_out(tmp_path: Path) -> None:
     document = {key: value for key, value in job().items() if key != "kind"}
     assert rules(written(tmp_path / "job.yaml", document).parent) == ["schema.kind"]
+
+
+@pytest.mark.parametrize("text", ["a: {b: 1, c: 2, b: 3}", "- a: 1\n  a: 1", '{"a": 1, "a": 2}', "? a\n: 1\n'a': 2"])
+def test_a_key_twice_in_one_mapping_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^it\.yaml: not valid YAML: \w is written twice in one mapping.* line \d"):
+        check.load(text, "it.yaml")
+
+
+def test_keys_of_other_mappings_and_merged_ones_may_be_the_same() -> None:
+    text = "base: &base {a: 1, b: 2}\nmore: &more {<<: *base, b: 3}\nmost: {<<: [*more, *base], c: 4}\n---\nbase: 1\n"
+    merged, other = check.load(text, "it.yaml")
+    assert merged["most"] == {"a": 1, "b": 3, "c": 4}
+    assert other == {"base": 1}

@@ -54,7 +54,11 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     ("a head without a container", job(), {f"{HEAD_POD}.containers": []}, "kuberay.containers", "the head has no container"),
     ("bounds in the wrong order", job(), {f"{WORKER}.minReplicas": 5}, "kuberay.replica-bounds", "5 is more than"),
     ("more replicas than there may be", job(), {f"{WORKER}.replicas": 5}, "kuberay.replica-bounds", "no more than 2 would start"),
-    ("negative replicas", job(), {f"{WORKER}.minReplicas": -1}, "kuberay.replica-bounds", "-1 is negative"),
+    ("negative bounds", job(), {f"{WORKER}.minReplicas": -1}, "kuberay.replica-bounds", "-1 is negative"),
+    ("negative replicas", job(), {f"{WORKER}.replicas": -1}, "kuberay.replica-bounds", "replicas: group workers: -1 is negative"),
+    ("fewer replicas than there must be", job(), {f"{WORKER}.replicas": 0}, "kuberay.replica-bounds", "0 is less than minReplicas 2, and 2 would start"),
+    ("two groups of one name", job(), {f"{C}.workerGroupSpecs": job()["spec"]["rayClusterSpec"]["workerGroupSpecs"] * 2}, "kuberay.group-names", "they must be unique"),
+    ("a group's name with an underscore", job(), {f"{WORKER}.groupName": "my_group"}, "kuberay.group-names", "'my_group' is no part of a pod's name"),
     (
         "resources in two places",
         job(),
@@ -110,6 +114,8 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     ("a strategy of a job's cluster", job(), {f"{C}.upgradeStrategy": {"type": "Recreate"}}, "kuberay.upgrade-strategy", "Leave it out"),
     ("two commands", job(), {"spec.entrypoint": "cd /shared && tunesmith train a.yaml"}, "job.entrypoint", "&& would be taken"),
     ("a variable of another machine", job(), {"spec.entrypoint": "tunesmith train $HOME/a.yaml"}, "job.entrypoint", "$HOME/a.yaml would be"),
+    ("a command a line", job(), {"spec.entrypoint": "tunesmith train a\ntunesmith train b"}, "job.entrypoint", "it has a line's end"),
+    ("a command with a line's end", job(), {"spec.entrypoint": "tunesmith train a\n"}, "job.entrypoint", "entrypoint: >- joins several"),
     ("a quote that does not end", job(), {"spec.entrypoint": "echo 'a"}, "job.entrypoint", "no closing quotation"),
     ("a job without a cluster", job(), {C: GONE}, "kuberay.job-cluster", "neither rayClusterSpec nor clusterSelector"),
     ("suspended for ever", job(), {"spec.shutdownAfterJobFinishes": False}, "kuberay.suspend", "shutdownAfterJobFinishes: true"),
@@ -119,6 +125,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     ("no time at all", job(), {"spec.activeDeadlineSeconds": 0}, "kuberay.deadlines", "0 s is no time"),
     ("a submitter in sidecar mode", job(), {"spec.submissionMode": "SidecarMode"}, "kuberay.sidecar", "submitterPodTemplate in sidecar mode"),
     ("a runtime environment of no YAML", job(), {"spec.runtimeEnvYAML": "{a: b"}, "kuberay.runtime-env", "mapping in YAML"),
+    ("a key twice in a runtime environment", job(), {"spec.runtimeEnvYAML": "pip: [a]\npip: [b]"}, "kuberay.runtime-env", "pip is written twice"),
     ("Kubernetes tokens for a job", job(), {f"{C}.authOptions.enableK8sTokenAuth": True}, "kuberay.job-auth", "not for a RayJob"),
     ("rules beside shutdown", job(), {"spec.deletionStrategy": {"deletionRules": [DELETE]}}, "kuberay.deletion", "Keep one of the two"),
     (
@@ -128,6 +135,9 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         "kuberay.deletion",
         "Give DeleteCluster at least 90 s",
     ),
+    ("a service of nothing", service(), {"spec.serveConfigV2": GONE}, "kuberay.serve-config", "nothing would be served"),
+    ("applications of no YAML", service(), {"spec.serveConfigV2": "applications: [{name: a"}, "kuberay.serve-config", "a mapping in YAML"),
+    ("a list of applications alone", service(), {"spec.serveConfigV2": "- name: a"}, "kuberay.serve-config", "it is no mapping"),
     ("a timeout of no time", service(), {"metadata.annotations": {"ray.io/initializing-timeout": "soon"}}, "kuberay.service", "'soon' is no time"),
     ("a strategy that there is not", service(), {"spec.upgradeStrategy.type": "BlueGreen"}, "kuberay.service-upgrade", "BlueGreen is no strategy"),
     ("an incremental upgrade without options", service(), {"spec.upgradeStrategy": INCREMENTAL}, "kuberay.service-upgrade", "clusterUpgradeOptions"),
@@ -192,7 +202,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     ("a secret's name alone", job(), {f"{C}.authOptions": {"secretName": "token"}}, "security.auth", "mode: token"),
     ("a token in the environment", job(), {f"{BOX}.env.0": {"name": "HF_TOKEN", "value": "abc"}}, "security.plain-secret", "HF_TOKEN has its value"),
     ("a key by its look", job(), {f"{BOX}.env.0": {"name": "X", "value": "hf_" + "a" * 30}}, "security.plain-secret", "secretKeyRef"),
-    ("a key in a ConfigMap", of("v1", "ConfigMap", data={"a": "AKIA" + "A" * 16}), {}, "security.plain-secret", "what looks like a secret"),
+    ("a key in a ConfigMap", of("v1", "ConfigMap", data={"a": "AKIA" + "A" * 16}), {}, "security.plain-secret", "what looks like an AWS key"),
     ("a Secret in a file", of("v1", "Secret", stringData={"a": "b"}), {}, "security.plain-secret", "kubectl create secret"),
     ("the latest image", job(), {f"{BOX}.image": "tunesmith:latest"}, "security.image", "another image from day to day"),
     ("an image without a tag", job(), {f"{BOX}.image": "somewhere:5000/tunesmith"}, "security.image", "Write a version's tag"),
@@ -212,6 +222,21 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         "WANDB_API_KEY in env_vars",
     ),
     ("a key by its look in a runtime environment", job(), {"spec.runtimeEnvYAML": "pip: [hf_" + "a" * 30 + "]"}, "security.plain-secret", "envFrom"),
+    (
+        "a password in an address of a runtime environment",
+        job(),
+        {"spec.runtimeEnvYAML": "working_dir: https://me:tok3n@github.com/us/it/archive/main.zip"},
+        "security.plain-secret",
+        "it holds what looks like a password in an address",
+    ),
+    (
+        "a password in an address",
+        job(),
+        {f"{BOX}.env.0": {"name": "DB", "value": "postgresql://u:secretpw@db/x"}},
+        "security.plain-secret",
+        "DB has its value in the manifest",
+    ),
+    ("a key in a container's command", job(), {f"{BOX}.args": ["--token", "hf_" + "a" * 30]}, "security.plain-secret", "write $(NAME) here"),
     ("a key in a command", job(), {"spec.entrypoint": "tunesmith train a --token hf_" + "a" * 30}, "security.plain-secret", "envFrom"),
     (
         "a key of an application",
@@ -222,6 +247,30 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     ),
     ("a mount of nothing", job(), {f"{BOX}.volumeMounts.0.name": "scratchy"}, "core.mount", "mounts scratchy, and its pod has scratch, shared, shm"),
     ("two mounts at one path", job(), {f"{BOX}.volumeMounts.1.mountPath": "/tmp"}, "core.mount", "scratch and shared at /tmp"),
+    ("a container's name with an underscore", job(), {f"{BOX}.name": "ray_worker"}, "core.container-name", "'ray_worker' is no DNS label"),
+    ("a pull policy that there is not", job(), {f"{BOX}.imagePullPolicy": "Sometimes"}, "core.policy", "Always, IfNotPresent, Never"),
+    ("a restart policy that there is not", job(), {f"{POD}.restartPolicy": "Sometimes"}, "core.policy", "Always, OnFailure, Never"),
+    ("a value that only has to exist", job(), {f"{POD}.tolerations.0.value": "yes"}, "core.toleration", "Exists with the value yes"),
+    ("an effect that there is not", job(), {f"{POD}.tolerations.0.effect": "NoScheduling"}, "core.toleration", "NoScheduling is none"),
+    ("an operator that there is not", job(), {f"{POD}.tolerations.0.operator": "Is"}, "core.toleration", "Write Equal or Exists"),
+    ("a volume of two kinds", job(), {f"{POD}.volumes.0.configMap": {"name": "a"}}, "core.one-of", "volume scratch is configMap and emptyDir"),
+    (
+        "a value and where it comes from",
+        job(),
+        {f"{BOX}.env.0": {"name": "A", "value": "b", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}},
+        "core.one-of",
+        "A is value and fieldRef",
+    ),
+    (
+        "a probe that asks twice",
+        job(),
+        {f"{BOX}.readinessProbe": {"exec": {"command": ["true"]}, "tcpSocket": {"port": 8000}}},
+        "core.one-of",
+        "readinessProbe is exec and tcpSocket",
+    ),
+    ("no port", job(), {f"{BOX}.ports": [{"containerPort": 80000}]}, "core.port", "80000 is no port"),
+    ("a probe of no port", job(), {f"{BOX}.readinessProbe": {"tcpSocket": {"port": 0}}}, "core.port", "0 is no port"),
+    ("less memory than none", job(), {f"{BOX}.resources.requests.memory": "-8Gi"}, "core.quantity", "memory -8Gi is negative"),
     ("an adapter without a limit", job(), {f"{BOX}.resources.requests.rdma/ib": 8}, "core.device", "requests 8 rdma/ib with the limit none"),
     ("half an adapter", job(), {f"{BOX}.resources.limits.rdma/ib": "500m"}, "core.device", "the same whole number twice"),
     ("killed while it saves", job(), {f"{POD}.terminationGracePeriodSeconds": 5}, "job.grace", "killed after 5 s, and its preStop hook takes up to 270 s"),
@@ -270,6 +319,27 @@ def test_a_document_that_stands_twice_is_refused() -> None:
 
 def test_every_rule_has_a_manifest_that_breaks_it() -> None:
     assert {row[3] for row in WRONG} | {"core.twice"} == set(check.RULES)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "postgresql://u:$(DB_PASSWORD)@db/x",
+        "https://github.com/us/it/archive/" + "0123456789abcdef" * 2 + "01234567.zip",
+        "tunesmith@sha256:" + "0123456789abcdef" * 4,
+        "redis://cache:6379",
+    ],
+)
+def test_a_reference_a_commit_and_a_digest_are_no_secrets(value: str) -> None:
+    named = changed(job(), {f"{BOX}.env.0": {"name": "WHERE", "value": value}})
+    assert findings(named) == []
+
+
+@pytest.mark.parametrize(
+    "entrypoint", ["tunesmith train \\\n  a", "python -c 'import a\na.main()'", 'python -c "a\nb"']
+)
+def test_lines_that_no_shell_ends_are_one_command(entrypoint: str) -> None:
+    assert findings(changed(job(), {"spec.entrypoint": entrypoint})) == []
 
 
 def test_a_gate_that_is_on_allows_what_is_behind_it() -> None:
