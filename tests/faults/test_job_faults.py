@@ -11,7 +11,7 @@ from pathlib import Path
 import cluster_here
 import pytest
 import small_runs
-from cluster_here import noted, small_job, told, tunesmith, wait_for_state, wait_until
+from cluster_here import jobs, noted, small_job, told, tunesmith, wait_for_state, wait_until
 
 from tunesmith.cluster import local
 from tunesmith.cluster.local import Local
@@ -70,6 +70,7 @@ def test_a_disk_that_is_full_for_a_while_ends_no_job_and_nothing_that_was_said_i
             assert "No space left on device" in filled.stderr
         driver_log = wait_until(lambda: "storage fails" in ray_log(here, id) and ray_log(here, id), "a warning")
         assert "failed" not in driver_log.partition("storage fails")[0]
+        wait_until(lambda: "storage fails: " in jobs()[id]["why"], "the reason in the list of jobs")
         fill.unlink()
         assert wait_for_state(id, "succeeded")["exit_code"] == 0
         assert "storage fails" in log_file(run, id).read_text()

@@ -122,7 +122,7 @@ def test_a_killed_driver_ends_its_job_and_leaves_no_worker_and_the_next_goes_on(
     with small_runs.frozen(run.root):
         workers = [small_runs.worker_pid(run.root, rank) for rank in (0, 1)]
         os.kill(driver_pid(here), signal.SIGKILL)
-    assert wait_for_state(first, "failed", "lost")
+    assert "its driver was killed (SIGKILL)" in wait_for_state(first, "failed")["why"]
     small_runs.wait_for_end_of(workers, patience_s=120)
     second = told("submit", str(recipe))
     assert second["number"] == 2
@@ -140,7 +140,8 @@ def test_following_a_log_goes_on_through_a_restart_of_the_head_and_nothing_is_sa
         followed = Started("logs", "-f", first, folder=tmp_path / "followed")
         wait_until(lambda: "has its workers" in followed.stdout, "word of the job")
         kill_head()
-    bring_back(here)
+    brought = told("up", "--nodes", str(len(here.members)), "--cpus-per-node", str(here.head.cpus))
+    assert brought["lost_jobs"] == [first]
     assert followed.finish(code=1) == log_file(run.root, first).read_text()
     assert f"job {first} is lost: " in followed.stderr
     assert jobs()[first]["state"] == "lost"

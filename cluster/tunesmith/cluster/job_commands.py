@@ -10,6 +10,8 @@ import typer
 from tunesmith.cluster.patience import STOP_GRACE_S
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON on standard output.")]
+HIGHEST = 1_000_000
+"""Priority."""
 Address = Annotated[
     str | None,
     typer.Option(
@@ -31,7 +33,12 @@ def submit(
     key: Annotated[
         str | None, typer.Option("--key", help="Idempotency key: one job, however often. [default: the run's folder]")
     ] = None,
-    priority: Annotated[int, typer.Option(help="A higher one goes first, and may make a lower one save and wait.")] = 0,
+    priority: Annotated[
+        int,
+        typer.Option(
+            min=-HIGHEST, max=HIGHEST, help="A higher one goes first, and may make a lower one save and wait."
+        ),
+    ] = 0,
     user: Annotated[str | None, typer.Option(help="Whose share of the cluster it takes. [default: you]")] = None,
     fixed: Annotated[bool, typer.Option("--not-preemptible", help="Never ask it to save and wait.")] = False,
     expected: Annotated[

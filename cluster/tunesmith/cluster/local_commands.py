@@ -7,15 +7,41 @@ import typer
 from tunesmith.cluster import local
 from tunesmith.cluster.console import print_json, say, stderr, stdout
 
+JOIN_PATIENCE_S = 60.0
+"""For which a head that was brought back may take to tell of its jobs."""
+
 
 def up(nodes: int, cpus: int | None, gpus: int, as_json: bool) -> None:
-    """Starts a cluster and says how to use it."""
+    """Starts a cluster, or brings back what has died of it, and says how to use it."""
+    before = local.find()
     with stderr().status(f"starting {nodes} node{'s' if nodes > 1 else ''} …"):
         known = local.up(nodes, cpus, gpus)
+    lost = [] if before is None or all(one.alive for one in before.members) else _lost(known)
     if as_json:
-        print_json(known.as_json())
+        print_json(known.as_json() | {"lost_jobs": lost})
         return
+    if lost:
+        count = f"{len(lost)} job{'s are' if len(lost) > 1 else ' is'} lost"
+        say(
+            stderr(),
+            f"{count} that waited or worked when it died: {', '.join(lost)}\n"
+            "Submit each again with the same command: its run goes on from its newest checkpoint.",
+        )
     say(stderr(), _shown(known) + "\n`tunesmith submit RECIPE` hands it a run, `tunesmith down` ends it")
+
+
+def _lost(known: local.Local) -> list[str]:
+    """The jobs that have died with what was brought back.
+
+    Raises:
+        ResourceError: the cluster does not answer.
+    """
+    from tunesmith.cluster.jobs.views import View  # loads Ray, which a cluster that is new or whole needs not
+
+    view = View(known.dashboard, JOIN_PATIENCE_S)
+    if view.away is not None:
+        raise view.away
+    return [one.id for one in view.lost()]
 
 
 def down(as_json: bool) -> None:

@@ -89,6 +89,7 @@ class JobRecord(BaseModel):
     started_at: float | None = None
     """When it last got its workers."""
     ended_at: float | None = None
+    """Of a lost one, when it was last heard of, if nobody knows better."""
     heard_at: float = 0.0
     """When its driver last said anything."""
     exit_code: int | None = None
@@ -227,8 +228,12 @@ def records_of(output: Path) -> Iterable[JobRecord]:
     """The jobs of all runs below an output folder, as the runs tell; a finished artifact vouches for its run."""
     for path in sorted(output.glob("*/jobs/*.json")):
         try:
-            record = JobRecord.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as unreadable:
+            written = path.read_bytes()
+        except OSError:  # a colleague's, perhaps: as a folder that is not seen
+            continue
+        try:
+            record = JobRecord.model_validate_json(written)
+        except ValidationError as unreadable:
             raise StorageError(f"{path}: not the record of a job: {unreadable}", "Move it away.") from unreadable
         lives = record.ended or time.time() - record.heard_at < HEARD_S
         yield record if lives else record.model_copy(update=_ending(RunFolder(path.parent.parent)))

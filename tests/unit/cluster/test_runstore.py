@@ -11,7 +11,7 @@ import pytest
 from tunesmith.cluster.errors import StorageError
 from tunesmith.cluster.jobs.states import state_of
 from tunesmith.cluster.runs import RunFolder
-from tunesmith.cluster.runstore import JobRecord, RunStore, keep
+from tunesmith.cluster.runstore import JobRecord, RunStore, keep, record_file
 from tunesmith.cluster.storage import commit_folder
 
 WRITERS, WRITES = 16, 4
@@ -96,7 +96,7 @@ def test_it_is_made_anew_from_what_the_runs_tell(tmp_path: Path, url: str) -> No
     assert (stopped, running) == (ended, alive)
     assert (whole.state, whole.exit_code) == ("succeeded", 0)
     assert cut.state == "running"  # silence is not an end: the clock may be another machine's
-    assert state_of(cut, None, time.time(), reachable=False)[0] == "lost"
+    assert state_of(cut, None, time.time(), "no cluster is named")[0] == "lost"
     assert [text for _, text in store.events("whole-1")] == [f"found in {tmp_path / 'whole'}"]
 
 
@@ -105,6 +105,12 @@ def test_an_unreadable_record_is_named(tmp_path: Path, url: str) -> None:
     (tmp_path / "bot" / "jobs" / "bot-1.json").write_text("{")
     with pytest.raises(StorageError, match=r"bot/jobs/bot-1.json: not the record of a job"):
         RunStore(url).rebuild(tmp_path)
+
+
+def test_a_record_that_cannot_be_read_keeps_nobody_from_the_others(tmp_path: Path, url: str) -> None:
+    keep(record(tmp_path))
+    record_file(tmp_path / "theirs", "theirs-1").mkdir(parents=True)
+    assert [one.id for one in RunStore(url).rebuild(tmp_path)] == ["bot-1"]
 
 
 def test_a_store_of_another_version_is_refused(tmp_path: Path, url: str) -> None:

@@ -75,11 +75,13 @@ class Book:
         self.record = self.record.model_copy(update={**fields, "heard_at": time.time()})
         if text:  # before the record says that the job has ended: who follows the log leaves then
             self.say(f"job {self.record.id}: {text}")
+        fails = ""
         try:
             self._keep()
         except StorageError as failing:
-            self._storage_fails(f"storage fails: {failing.what}; what the job says is written when it can be")
-        self._tell_store(text)
+            fails = f"storage fails: {failing.what}"
+            self._storage_fails(f"{fails}; what the job says is written when it can be")
+        self._tell_store(text, fails)
 
     def add_event(self, text: str) -> None:
         """Adds to the job's events what the log has already."""
@@ -120,9 +122,11 @@ class Book:
         except OSError as error:
             raise StorageError(f"{self._log}: {error.strerror or error}") from error
 
-    def _tell_store(self, text: str) -> None:
-        """The store repeats what the run's folder tells. One that fails is opened again with the next note."""
+    def _tell_store(self, text: str, fails: str) -> None:
+        """The store repeats what the run's folder tells, or says why that tells nothing. One that fails is opened again with the next note."""
         about = self.record.model_dump(exclude={"id"})
+        if fails and not self.record.ended:
+            about["why"] = f"{self.record.why}; {fails}" if self.record.why else fails
         try:
             self._store = self._store or RunStore(busy_s=STORE_S)
             if self._store.job(self.record.id) is None:  # it was submitted elsewhere, or the database was made anew

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -15,7 +18,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from tunesmith.cluster.errors import ChangedError, ResourceError, UsageError
-from tunesmith.cluster.jobs.spec import METADATA_KEY, JobSpec, job_id, prefix
+from tunesmith.cluster.jobs.spec import METADATA_KEY, JobSpec, job_id, left_out, prefix
 from tunesmith.cluster.jobs.states import Seen, state_of
 from tunesmith.cluster.local import token_for
 from tunesmith.cluster.patience import STOP_GRACE_S
@@ -28,6 +31,11 @@ PATIENCE_S = 180.0
 RETRY_S = 1.0
 REFUSED = re.compile(r"status code 4\d\d")
 """In what Ray's client says of an answer that asking again does not change."""
+GRACE = "RAY_JOB_STOP_WAIT_TIME_S"
+"""Of a job's variables; Ray's own."""
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+ENVIRONMENT = threading.Lock()
+"""Held while variables are taken out of it."""
 FREE_AFTER = ("failed", "stopped", "lost")
 """Ends after which a key stands for the next job of its run."""
 
@@ -57,7 +65,8 @@ class Cluster:
         logging.getLogger("ray").setLevel(logging.ERROR)  # it says when a log has ended
         token = token_for(self.address)
         headers = {"Authorization": f"Bearer {token}"} if token else None
-        self._client = self._patiently(lambda: JobSubmissionClient(self.address, headers=headers))
+        with _environment_names_no_other():
+            self._client = self._patiently(lambda: JobSubmissionClient(self.address, headers=headers))
 
     def submit(
         self, spec: JobSpec, store: RunStore, runtime_env: dict[str, Any], grace_s: int = STOP_GRACE_S
@@ -109,6 +118,15 @@ class Cluster:
                 continue
             return store.add(record, f"submitted to {self.address} by {record.user}")
 
+    def left_out(self, id: str, spec: JobSpec, runtime_env: dict[str, Any], grace_s: int) -> list[str]:
+        """The options of a submission that the job has not which was there before; see `spec.left_out`."""
+        details = self._patiently(lambda: self._client.get_job_info(id))
+        submitted, its = _spec(details), details.runtime_env or {}
+        assert submitted is not None, f"{id} is a job of ours and tells of none"
+        grace = str(grace_s)
+        is_other_grace = grace_s != STOP_GRACE_S and its.get("env_vars", {}).get(GRACE) != grace
+        return left_out(spec, runtime_env, submitted, its) + ([f"--grace {grace}"] if is_other_grace else [])
+
     def look(self) -> tuple[dict[str, Seen], dict[str, JobRecord]]:
         """What Ray says of every job of ours, and what was submitted, by id."""
         found = [(one, spec) for one in self._patiently(self._client.list_jobs) if (spec := _spec(one))]
@@ -122,7 +140,7 @@ class Cluster:
 
     def log(self, id: str) -> str:
         """All that a job has printed, from the node of its driver."""
-        return self._client.get_job_logs(id)
+        return self._patiently(lambda: self._client.get_job_logs(id))
 
     def follow(self, id: str) -> Iterator[str]:
         """What a job prints, until it ends. While its node does not answer it is asked again, and nothing is said twice.
@@ -133,7 +151,7 @@ class Cluster:
         said = 0
         while True:
             ended = self._patiently(lambda: self._client.get_job_status(id)).is_terminal()
-            whole = self._patiently(lambda: self.log(id))
+            whole = self.log(id)
             yield whole[said:]
             said = len(whole)
             if ended:
@@ -210,6 +228,17 @@ class Cluster:
         )
 
 
+@contextmanager
+def _environment_names_no_other() -> Iterator[None]:
+    """Ray's client takes an address from the environment before the one that it is given."""
+    with ENVIRONMENT:
+        named = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
+        try:
+            yield
+        finally:
+            os.environ.update(named)
+
+
 def dashboard_address(given: str) -> str:
     """The address of a dashboard in the one form in which it is compared: http://HOST:PORT.
 
@@ -247,7 +276,7 @@ def _with_grace(runtime_env: dict[str, Any], grace_s: int) -> dict[str, Any]:
     variables = {
         **runtime_env.get("env_vars", {}),
         "RAY_JOB_STOP_SIGNAL": "SIGTERM",
-        "RAY_JOB_STOP_WAIT_TIME_S": str(grace_s),
+        GRACE: str(grace_s),
     }
     return {**runtime_env, "env_vars": variables}
 

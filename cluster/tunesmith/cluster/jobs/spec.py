@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -45,3 +46,25 @@ def job_id(run: str, key: str, number: int) -> str:
 def prefix(run: str, key: str) -> str:
     """What the ids of all jobs of a key begin with."""
     return f"{re.sub('[^a-z0-9-]', '-', run)}-{hashlib.sha256(key.encode()).hexdigest()[:8]}-"
+
+
+def left_out(asked: JobSpec, environment: Mapping[str, Any], job: JobSpec, its: Mapping[str, Any]) -> list[str]:
+    """The options of a submission that the job has not which its key stands for. What was not given leaves nothing out.
+
+    Args:
+        environment: the runtime environment that was asked for.
+        its: the one that the job has.
+    """
+    variables, its_variables = (
+        {**one.get("env_vars", {}), **spec.secrets} for one, spec in ((environment, asked), (its, job))
+    )
+    options = {
+        f"--priority {asked.record.priority}": asked.record.priority not in (0, job.record.priority),
+        f"--user {asked.record.user}": asked.record.user != job.record.user,
+        f"--expected-hours {(asked.expected_s or 0) / 3600:g}": asked.expected_s not in (None, job.expected_s),
+        "--not-preemptible": job.preemptible and not asked.preemptible,
+        "--any-version": job.check_versions and not asked.check_versions,
+        "--ship-code": "py_modules" in environment and "py_modules" not in its,
+    }
+    options |= {f"--env {name}": its_variables.get(name) != value for name, value in variables.items()}
+    return [option for option, differs in options.items() if differs]

@@ -10,7 +10,8 @@ from tunesmith.cluster.runstore import HEARD_S, JobRecord, how_far
 
 SAVED, FAILED, STOPPED_AT_ONCE = 75, 1, 143
 
-AGAIN = "submit it again with the same command: the run goes on from its newest checkpoint, if it has one"
+AGAIN = "submit it again with the same command"
+GOES_ON = "the run goes on from its newest checkpoint, if it has one"
 
 
 @dataclass(frozen=True)
@@ -28,26 +29,26 @@ class Seen:
     """In seconds since 1970, if it has ended."""
 
 
-def state_of(record: JobRecord, seen: Seen | None, now: float, reachable: bool = True) -> tuple[str, str]:
+def state_of(record: JobRecord, seen: Seen | None, now: float, away: str = "") -> tuple[str, str]:
     """The job's state, and why.
 
     Args:
         record: as this machine knows it, or else as it was submitted.
         seen: what the cluster says; None when it knows no such job, or was not asked.
         now: seconds since 1970.
-        reachable: whether the cluster answers.
+        away: why the cluster was not asked; empty when it was.
     """
     if record.ended:
         return record.state, record.why
     silent_s = now - max(record.heard_at, record.submitted_at)
-    if not reachable:
+    if away:
         if silent_s > HEARD_S:
-            return "lost", f"neither the cluster nor its driver was heard of for {duration(silent_s)}; {AGAIN}"
-        return record.state, f"{record.why + '; ' if record.why else ''}the cluster does not answer now"
+            return "lost", f"its driver was not heard of for {duration(silent_s)}, and {away}; {AGAIN}: {GOES_ON}"
+        return record.state, f"{record.why + '; ' if record.why else ''}{away}"
     if seen is None:
-        return "lost", f"the cluster knows no such job any more: it was made anew; {AGAIN}"
+        return "lost", f"the cluster knows no such job any more: it was made anew; {AGAIN}: {GOES_ON}"
     if seen.driver_lost:
-        return "lost", f"its driver is gone, with the node that it ran on; {AGAIN}"
+        return "lost", f"its driver is gone, with the node that it ran on; {AGAIN}: {GOES_ON}"
     if seen.ended:
         return _ended(seen)
     if seen.status == "PENDING":
@@ -63,7 +64,9 @@ def _ended(seen: Seen) -> tuple[str, str]:
     if seen.status == "SUCCEEDED":
         return "succeeded", ""
     if seen.status == "STOPPED" or seen.exit_code in (SAVED, STOPPED_AT_ONCE):
-        return "stopped", "submitted again, it goes on from its newest checkpoint, if it has one"
+        return "stopped", f"{AGAIN}: {GOES_ON}"
+    if seen.exit_code is not None and seen.exit_code < 0:
+        return "failed", f"its driver {_killed(-seen.exit_code)}; {AGAIN}: {GOES_ON}"
     return "failed", error_in(seen.message) or seen.message.strip().partition("\n")[0]
 
 
@@ -79,15 +82,16 @@ def ending(record: JobRecord, code: int, error: str) -> tuple[str, str]:
         return "succeeded", f"its artifact is {record.artifact}"
     if code in (SAVED, STOPPED_AT_ONCE):
         return "stopped", how_far(record)
-    if code == -signal.SIGKILL:
-        cause = "killed (SIGKILL), from outside or because its node ran out of memory"
-        return "failed", f"{command} was {cause}; {AGAIN}: {how_far(record)}"
     if code < 0:
-        return (
-            "failed",
-            f"{command} was ended by signal {-code} ({signal.strsignal(-code)}); {AGAIN}: {how_far(record)}",
-        )
+        return "failed", f"{command} {_killed(-code)}; {AGAIN}; {how_far(record)}"
     return "failed", error or f"{command} ended with exit code {code}; its log says why"
+
+
+def _killed(by: int) -> str:
+    """What a signal has done to a process, in words."""
+    if by == signal.SIGKILL:
+        return "was killed (SIGKILL), from outside or because its node ran out of memory"
+    return f"was ended by signal {by} ({signal.strsignal(by)})"
 
 
 def error_in(text: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from tunesmith.cluster.errors import OutputError, StorageError
 from tunesmith.cluster.jobs.book import Book
+from tunesmith.cluster.jobs.views import newest
 from tunesmith.cluster.runstore import JobRecord, RunStore, log_file, record_file
 
 
@@ -58,6 +59,11 @@ def test_storage_that_is_away_ends_nothing_and_is_waited_for_at_the_end(tmp_path
     folder.rename(away)
     folder.write_text("")
     book.note("works", state="running")
+    noted = RunStore().job("bot-1")
+    assert noted is not None
+    assert noted.why.startswith("storage fails: ")
+    assert newest(record(folder)) == record(folder)
+    assert newest(noted) == noted
     book.note("succeeded", state="succeeded")
     book.close(patience_s=0)
     folder.unlink()
