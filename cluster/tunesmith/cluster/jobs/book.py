@@ -85,7 +85,7 @@ class Book:
 
     def add_event(self, text: str) -> None:
         """Adds to the job's events what the log has already."""
-        self._tell_store(text)
+        self._tell_store(text, "")
 
     def beat(self) -> None:
         """Notes now and then that the job lives."""
