@@ -60,6 +60,7 @@ class Drivers:
 
 @pytest.fixture(params=[LONG_LEASE_S])
 def drivers(ray_session: RaySession, request: pytest.FixtureRequest) -> Iterator[Drivers]:
+    ray_session.nodes()  # other tests may have closed it
     desk = ray.remote(Desk).options(num_cpus=0, max_restarts=1, max_task_retries=-1).remote(lease_s=request.param)
     yield Drivers(desk)
     ray.kill(desk)

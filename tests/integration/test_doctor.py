@@ -20,6 +20,7 @@ from tunesmith.cluster.session import RaySession
 
 
 def test_a_node_is_looked_at_by_a_process_of_its_own(ray_session: RaySession, tmp_path: Path):
+    ray_session.nodes()  # other tests may have closed it
     folder = tmp_path / "runs"
     seen = gather("auto", folder, None, lambda _: None)
     assert [node.name for node in seen.nodes] == ["node 127.0.0.1"]
