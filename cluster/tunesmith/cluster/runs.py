@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -138,7 +139,10 @@ class RunFolder:
         trained = read_metrics(self.metrics) or (self.checkpoints.exists() and any(self.checkpoints.glob("step-*")))
         if self.root not in self._made or trained:
             return False
-        shutil.rmtree(self.root)
+        # moved away first: workers that are being ended still beat, but only by the folder's name
+        discarded = tempfile.mkdtemp(prefix=f".{self.name}-", dir=self.root.parent)
+        self.root.rename(discarded)
+        shutil.rmtree(discarded)
         for parent in reversed(self._made[: self._made.index(self.root)]):
             with contextlib.suppress(OSError):  # another run lives there by now
                 parent.rmdir()

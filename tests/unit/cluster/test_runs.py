@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,36 @@ def test_a_folder_in_which_nothing_was_trained_is_discarded_with_the_parents_it_
     run.create()
     run.recipe.write_text("name: bot")
     assert run.discard_if_unused()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_that_still_beat_neither_hinder_discarding_nor_bring_the_folder_back(tmp_path: Path) -> None:
+    runs = [RunFolder(tmp_path / str(number)) for number in range(20)]
+    for run in runs:
+        run.create()
+        run.request_stop()
+    beating, discarded = threading.Event(), threading.Event()
+
+    def beat() -> None:
+        while not discarded.is_set():
+            for run in runs:
+                for rank in range(8):
+                    with contextlib.suppress(OSError):
+                        part = run.stop_file.parent / f"rank-{rank}.part"
+                        part.write_text("beat")
+                        part.replace(part.with_suffix(".json"))
+            beating.set()
+
+    workers = [threading.Thread(target=beat) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    try:
+        beating.wait(30)
+        assert all(run.discard_if_unused() for run in runs)
+    finally:
+        discarded.set()
+        for worker in workers:
+            worker.join()
     assert list(tmp_path.iterdir()) == []
 
 

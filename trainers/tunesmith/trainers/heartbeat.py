@@ -92,7 +92,7 @@ class Heartbeat(threading.Thread):
         self._since = time.monotonic()
         self._has_moved = False
         self._left = threading.Event()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.parent.mkdir(exist_ok=True)
         self._write(self._last)
 
     def moved(self) -> None:
