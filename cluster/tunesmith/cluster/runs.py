@@ -142,7 +142,10 @@ class RunFolder:
         # moved away first: workers that are being ended still beat, but only by the folder's name
         discarded = tempfile.mkdtemp(prefix=f".{self.name}-", dir=self.root.parent)
         self.root.rename(discarded)
-        shutil.rmtree(discarded)
+        with contextlib.suppress(OSError):  # a beat that was on its way landed in it, which can be so only once
+            shutil.rmtree(discarded)
+        if os.path.exists(discarded):
+            shutil.rmtree(discarded)
         for parent in reversed(self._made[: self._made.index(self.root)]):
             with contextlib.suppress(OSError):  # another run lives there by now
                 parent.rmdir()

@@ -82,7 +82,7 @@ def test_a_folder_in_which_nothing_was_trained_is_discarded_with_the_parents_it_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_workers_that_still_beat_neither_hinder_discarding_nor_bring_the_folder_back(tmp_path: Path) -> None:
+def test_a_worker_that_still_beats_neither_hinders_discarding_nor_brings_the_folder_back(tmp_path: Path) -> None:
     runs = [RunFolder(tmp_path / str(number)) for number in range(20)]
     for run in runs:
         run.create()
@@ -99,16 +99,14 @@ def test_workers_that_still_beat_neither_hinder_discarding_nor_bring_the_folder_
                         part.replace(part.with_suffix(".json"))
             beating.set()
 
-    workers = [threading.Thread(target=beat) for _ in range(4)]
-    for worker in workers:
-        worker.start()
+    worker = threading.Thread(target=beat)
+    worker.start()
     try:
         beating.wait(30)
         assert all(run.discard_if_unused() for run in runs)
     finally:
         discarded.set()
-        for worker in workers:
-            worker.join()
+        worker.join()
     assert list(tmp_path.iterdir()) == []
 
 
