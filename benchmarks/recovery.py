@@ -35,7 +35,8 @@ WORLD = 2
 TUNESMITH = [sys.executable, "-m", "tunesmith.cluster.main"]
 PATIENCE_SECONDS = 300
 UNBROKEN_STEPS = 60
-SAVE_STEPS = 3
+SAVE_STEPS = 2
+"""Young's interval, the root of 2 x 0.05 s (what a checkpoint costs here) x 30 s, in steps."""
 POLL_SECONDS = 0.02
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ BEGIN, END = "<!-- made by make.py -->\n", "<!-- end -->\n"
 
 def make(out: Path) -> None:
     """Writes everything below `out`, README.md's tables included."""
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    from tunesmith.cluster.imports import uncompiled
+
+    uncompiled()
     from tunesmith.cluster.kube import output
 
     plans = {name: plan_of(name) for name in FLEETS}

@@ -1,8 +1,9 @@
-"""Imports of large libraries, without a search for garbage among what they make."""
+"""Imports of large libraries, without what only costs time in them."""
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,3 +23,11 @@ def uncollected() -> Iterator[None]:
         gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+def uncompiled() -> None:
+    """Switches PyTorch's compiler off in this process, unless its user has decided; call before PyTorch is imported.
+
+    DeepSpeed's Muon and bitsandbytes compile functions when they are imported, which loads a compiler for a second or two.
+    """
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

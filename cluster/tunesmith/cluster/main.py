@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.cluster import job_commands
-from tunesmith.cluster.imports import uncollected
+from tunesmith.cluster.imports import uncollected, uncompiled
 from tunesmith.cluster.kube import commands as kube
 from tunesmith.serving import commands
 
@@ -101,8 +100,7 @@ def plan(
         raise UsageError(f"--as {work_as}: there are tunesmith and hf")
     where = parse_fleet(fleet, load_fleets(fleets), loaded.cluster.most_workers)
     gc.disable()  # importing makes a million objects that stay; the planner switches it on again before it simulates
-    # bitsandbytes compiles functions when it is imported, which loads a compiler for a second; a plan runs none of them
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    uncompiled()  # a plan runs nothing that is compiled
     from tunesmith.trainers.memory.geometry import geometry
     from tunesmith.trainers.memory.plan import make_plan
 
@@ -268,7 +266,7 @@ def _k8s_documents(wanted: kube.Wanted) -> list[dict[str, Any]]:
         from tunesmith.serving.kube import documents as service
 
         return service(wanted, weights_gib)
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # as in `plan`
+    uncompiled()  # as in `plan`
     from tunesmith.trainers.kube import documents as job
 
     return job(wanted)

@@ -50,6 +50,7 @@ TRAIN_SETTINGS = {
 """How Ray and Ray Train behave in our runs. Ray hands them on to workers."""
 
 LOCAL_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # of a few workers on this machine, cheaply
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: every port on the loopback interface only

@@ -103,6 +103,8 @@ def wait(cluster: Any, sizes: list[int], wait_s: float = 60, said: list[Any] | N
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunesmith.trainers.machines.POLL_S", 0.001)
     monkeypatch.setattr("tunesmith.trainers.machines.RELEASE_S", 0.05)
+    monkeypatch.setattr("tunesmith.trainers.machines.RELEASE_POLL_S", 0.001)
+    monkeypatch.setattr("tunesmith.trainers.machines.RETRY_S", 0.05)
 
 
 ONE, TWO, THREE = [Node(1)], [Node(1)] * 2, [Node(1)] * 3
@@ -116,6 +118,16 @@ def test_an_attempt_begins_at_once_with_as_many_as_fit():
 def test_what_the_last_attempt_still_holds_is_waited_for_but_not_what_others_hold():
     assert wait(Cluster((TWO, ONE), (TWO, TWO)), [1, 2]) == 2
     assert wait(Cluster((TWO, ONE)), [1, 2]) == 1
+
+
+def test_a_fixed_number_is_asked_for_when_the_last_attempt_has_let_go_or_others_keep_the_room():
+    cluster = Cluster((TWO, []), (TWO, ONE), (TWO, TWO))
+    assert wait(cluster, [2]) == 2
+    assert cluster.looks == [(TWO, TWO)], "asked for while Ray would have found no room"
+    assert wait(Cluster((TWO, ONE)), [2]) == 2
+    assert wait(Cluster((TWO, ONE)), [2], wait_s=0) == 2
+    with pytest.raises(WorkerError, match="2 workers × 1 CPU = 2 CPUs; this machine has 1"):
+        wait(Cluster((ONE, ONE)), [2], wait_s=0.02)
 
 
 def test_room_that_cannot_be_used_is_told():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, Work
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.util.placement_group import NODE_ID_LABEL_KEY
 
+from tunesmith.cluster.background import Background
 from tunesmith.cluster.events import Listener, Step, Warned
 from tunesmith.cluster.recipe.schema import Recipe
 from tunesmith.cluster.resources import Need
@@ -103,7 +103,7 @@ def fit(
     steps, warnings = MetricsTail(folder.metrics), MetricsTail(folder.warnings(attempt))
     head, more = None if inputs.local else HeadWatch(machines.session), machines.more_than(need.workers)
     watchman = Watchman(folder, attempt, need.workers, stall_s, head, recipe.cluster.is_elastic, more)
-    work = _Work(trainer)
+    work = Background("ray-train", trainer.fit)  # the main thread watches, and is told of signals
     work.start()
     try:
         while work.is_alive() and watchman.lost_head is None:
@@ -134,21 +134,6 @@ def _scaling(need: Need, nodes: Sequence[str]) -> ScalingConfig:
         resources_per_worker=need.ray_resources(),
         label_selector=[{NODE_ID_LABEL_KEY: node} for node in nodes] or None,
     )
-
-
-class _Work(threading.Thread):
-    """`trainer.fit()` in a thread of its own: the main one watches, and is told of signals."""
-
-    def __init__(self, trainer: ClusterTrainer) -> None:
-        super().__init__(name="ray-train", daemon=True)
-        self._trainer = trainer
-        self.failure: Exception | None = None
-
-    def run(self) -> None:
-        try:
-            self._trainer.fit()
-        except Exception as failure:  # noqa: BLE001 - judged by the thread that waits for this one
-            self.failure = failure
 
 
 def _ending(failure: TrainingFailedError | RayError | None, folder: RunFolder, attempt: int) -> Ending:

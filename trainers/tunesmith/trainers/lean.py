@@ -1,9 +1,10 @@
 """Ray Train's trainer without the helper processes that our runs have no use for.
 
 Beside the workers, Ray Train 2.60 starts an actor for its controller, one for data sets even when there are none, one that
-frees placement groups of a dead controller, and one that asks an autoscaler for nodes. Each imports Ray and pandas: 2 s of
-CPU or more, one after the other, in every attempt, which is time that the workers wait. Here the controller runs in the thread
-that fits, in a process that has imported all that already; its placement groups go when that process goes.
+frees placement groups of a dead controller, one that asks an autoscaler for nodes, and one through which workers agree on what
+they report. Each imports Ray and pandas: a second of CPU or more, in every attempt, which is time that the workers wait. Here
+the controller runs in the thread that fits, in a process that has imported all that already; its placement groups go when that
+process goes.
 """
 
 from __future__ import annotations
@@ -22,23 +23,41 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
+from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup, state, worker_group
 from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError
+
+
+class _NoActor:
+    """Stands where a worker group starts an actor for what workers report to Ray Train, and ends it: ours report nothing."""
+
+    def options(self, **_: Any) -> _NoActor:
+        return self
+
+    def remote(self, **_: Any) -> _NoActor:
+        return self
+
+    @staticmethod
+    def end(_: object) -> None:
+        pass
+
+
+worker_group.SynchronizationActor = _NoActor()  # pyright: ignore[reportPrivateImportUsage]
+state._shutdown_sync_actor = _NoActor.end
 
 
 class _WorkerGroup(WorkerGroup):
     def _init_train_context_on_workers(
         self, workers: list[Worker], sync_actor: ActorHandle, train_context_args: dict[str, list[Any]]
     ) -> None:
-        """As Ray's own, without an actor of the controller, which workers would ask for checkpoints that they reported."""
+        """As Ray's own, without the actors that workers would ask about checkpoints that they reported."""
         ray.get(
             [
                 worker.actor.init_train_context.remote(
                     train_run_context=self._train_run_context,
                     distributed_context=worker.distributed_context,
-                    synchronization_actor=sync_actor,
+                    synchronization_actor=None,
                     storage_context=self._storage_context,
                     worker_callbacks=self._worker_callbacks_to_propagate,
                     controller_actor=None,

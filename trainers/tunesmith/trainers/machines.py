@@ -15,8 +15,12 @@ from tunesmith.trainers.elastic import Growth, largest
 from tunesmith.trainers.stopping import StopSignals
 
 POLL_S = 2.0
+RELEASE_POLL_S = 0.05
+"""Between two looks while Ray may still take back what the workers of an attempt that is over had: a tenth of a second, mostly."""
 RELEASE_S = 10.0
-"""Seconds within which Ray has given free what the workers of an attempt that is over had."""
+"""Seconds within which it has."""
+RETRY_S = 1.0
+"""Seconds until Ray looks again at workers for which it has found no room; asking later is sooner."""
 
 
 class Machines:
@@ -55,7 +59,7 @@ class Machines:
     def wait(self, on_event: Listener) -> Need:
         """What the next attempt asks for, once there is room for it: as many workers as there is room for now.
 
-        A fixed number is waited for until the machines are there; whether others use them is for Ray to see.
+        A fixed number is waited for until the machines are there; whether others use them for longer is for Ray to see.
 
         Raises:
             WorkerError: there is no room for the fewest after `wait_s` seconds; says what is missing.
@@ -68,15 +72,14 @@ class Machines:
                 self.rejoin(on_event)
 
     def _wait(self, on_event: Listener) -> Need:
-        began, is_told = time.monotonic(), False
+        began, is_told, is_fixed = time.monotonic(), False, len(self.worlds) == 1
         while True:
             waited = time.monotonic() - began
-            possible = largest(self.worlds, self._room(free=False))
-            if possible is not None and len(self.worlds) == 1:
-                return self.need
-            room = self._room(free=True)
+            possible, room = largest(self.worlds, self._room(free=False)), self._room(free=True)
             now = largest(self.worlds, room)
-            if now is not None and (now == possible or waited >= RELEASE_S):
+            if is_fixed and possible is not None and (now is not None or waited >= min(RETRY_S, self.wait_s)):
+                return self.need
+            if not is_fixed and now is not None and (now == possible or waited >= RELEASE_S):
                 self._say_what_is_left(room, now, on_event)
                 return replace(self.need, workers=now)
             if waited >= self.wait_s:
@@ -87,7 +90,7 @@ class Machines:
             if not is_told and (possible is None or waited >= RELEASE_S):
                 on_event(Note(f"waiting up to {self.wait_s:.0f} s for machines: {self._missing(room)}"))
                 is_told = True
-            self._pause("machines")
+            self._pause("machines", RELEASE_POLL_S if waited < RETRY_S else POLL_S)
 
     def rejoin(self, on_event: Listener) -> None:
         """Joins the cluster anew after a lost attempt, and waits for it: of a head that has died, this process has only what
@@ -111,7 +114,7 @@ class Machines:
             if not is_told:
                 on_event(Note(f"waiting up to {self.wait_s:.0f} s for the cluster: {missing}"))
                 is_told = True
-            self._pause("the cluster")
+            self._pause("the cluster", POLL_S)
 
     def _missing_cluster(self) -> str | None:
         try:
@@ -121,10 +124,10 @@ class Machines:
             return error.what
         return None
 
-    def _pause(self, what: str) -> None:
+    def _pause(self, what: str, seconds: float) -> None:
         if self.signals.received is not None:
             raise self.signals.error(f"it was waiting for {what}, and no worker was at work")
-        time.sleep(POLL_S)
+        time.sleep(seconds)
 
     def nodes_for(self, need: Need) -> list[str]:
         """Ids of the nodes on which an attempt's workers are to be, one for each; empty where Ray may choose."""

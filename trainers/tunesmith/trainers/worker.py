@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import StoppedError, TunesmithError
-from tunesmith.cluster.imports import uncollected
+from tunesmith.cluster.imports import uncollected, uncompiled
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers.heartbeat import Heartbeat
 from tunesmith.trainers.outcome import AttemptOutcome, write_outcome
@@ -71,13 +71,13 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def _train(settings: dict[str, Any], moved: Callable[[], None]) -> Outcome:
-    backend = settings["backend"]
+    backend, rank, world = settings["backend"], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # before the imports, which take seconds: who finds nobody there tries again only after a while
+    meeting = _listen() if rank == 0 else None
     if backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that was not asked for is not used
-    # DeepSpeed's Muon and bitsandbytes compile functions when they are imported, which loads a compiler for a second or two
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-
+    uncompiled()
     with uncollected():
         import torch
         import torch.distributed as dist
@@ -96,31 +96,35 @@ def _train(settings: dict[str, Any], moved: Callable[[], None]) -> Outcome:
     )
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    timeout, rank, world = (
-        timedelta(seconds=settings["timeout_s"]),
-        int(os.environ["RANK"]),
-        int(os.environ["WORLD_SIZE"]),
+    timeout = timedelta(seconds=settings["timeout_s"])
+    dist.init_process_group(
+        backend, store=_store(meeting, world, timeout), rank=rank, world_size=world, timeout=timeout
     )
-    dist.init_process_group(backend, store=_store(rank, world, timeout), rank=rank, world_size=world, timeout=timeout)
     outcome = train(job, moved)
     dist.barrier()  # nobody leaves, and looks lost to the others, before all are done
     dist.destroy_process_group()
     return outcome
 
 
-def _store(rank: int, world: int, timeout: timedelta) -> Store:
+def _listen() -> socket.socket:
     """Where the workers meet: at MASTER_ADDR and MASTER_PORT.
 
     Rank 0 listens at that address alone. Left to itself, the store listens on every interface and serves whoever asks.
     """
+    address = os.environ["MASTER_ADDR"]
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    backlog = max(128, int(os.environ["WORLD_SIZE"]))
+    return socket.create_server((address, int(os.environ["MASTER_PORT"])), family=family, backlog=backlog)
+
+
+def _store(meeting: socket.socket | None, world: int, timeout: timedelta) -> Store:
+    """What the workers agree through; `meeting` is the socket of rank 0, which serves it."""
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if rank > 0:
+    if meeting is None:
         return TCPStore(address, port, world, is_master=False, timeout=timeout)
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listening = socket.create_server((address, port), family=family, backlog=max(128, world)).detach()
-    return TCPStore(address, port, world, is_master=True, timeout=timeout, master_listen_fd=listening)
+    return TCPStore(address, port, world, is_master=True, timeout=timeout, master_listen_fd=meeting.detach())
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from ray import cloudpickle
 from ray import tune as ray_tune
 from ray.tune import Callback, PlacementGroupFactory, RunConfig, Stopper, TuneConfig, Tuner
 
+from tunesmith.cluster.background import Background
 from tunesmith.cluster.errors import TunesmithError, WorkerError
 from tunesmith.cluster.recipe.tune import Tune
 from tunesmith.cluster.runs import RunFolder
@@ -62,7 +62,7 @@ def search(ground: Ground, who: Trainers, began: float, board: Board, signals: S
         ),
         run_config=RunConfig(name="tune", storage_path=str(folder.scratch), stop=budget, callbacks=[watch], verbose=0),
     )
-    work = _Work(tuner)
+    work = Background("ray-tune", tuner.fit)  # off the main thread, where Ray Tune would take SIGINT for itself
     seats = contextlib.nullcontext() if who.host is None else seated(who.host)
     with _settings(tune), seats:
         work.start()
@@ -164,21 +164,6 @@ class _Watch(_Unwritten, Callback):
         ended = self._folder.trial(number).ended()
         if ended is not None:
             self._board.end(number, ended.state, ended.why)
-
-
-class _Work(threading.Thread):
-    """`tuner.fit()` off the main thread, where Ray Tune would take SIGINT for itself."""
-
-    def __init__(self, tuner: Tuner) -> None:
-        super().__init__(name="ray-tune", daemon=True)
-        self._tuner = tuner
-        self.failure: Exception | None = None
-
-    def run(self) -> None:
-        try:
-            self._tuner.fit()
-        except Exception as failure:  # noqa: BLE001 - judged by the thread that waits for this one
-            self.failure = failure
 
 
 def _why(trial: Any) -> str:
