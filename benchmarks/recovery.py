@@ -36,7 +36,7 @@ TUNESMITH = [sys.executable, "-m", "tunesmith.cluster.main"]
 PATIENCE_SECONDS = 300
 UNBROKEN_STEPS = 60
 SAVE_STEPS = 2
-"""Young's interval, the root of 2 x 0.05 s (what a checkpoint costs here) x 30 s, in steps."""
+"""Young's interval, rounded: the root of 2 x 0.05 s x 30 s is 2.2 steps. So much longer than others is a step with a checkpoint."""
 POLL_SECONDS = 0.02
 
 

@@ -22,9 +22,9 @@ BEGIN, END = "<!-- made by make.py -->\n", "<!-- end -->\n"
 
 def make(out: Path) -> None:
     """Writes everything below `out`, README.md's tables included."""
-    from tunesmith.cluster.imports import uncompiled
+    from tunesmith.cluster.imports import switch_off_compiler
 
-    uncompiled()
+    switch_off_compiler()
     from tunesmith.cluster.kube import output
 
     plans = {name: plan_of(name) for name in FLEETS}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import small_runs
 from small_runs import Command
@@ -73,6 +74,16 @@ def assert_the_same_run(run: Path, unbroken: Path) -> None:
     assert small_runs.weights(run / "artifact") == small_runs.weights(unbroken / "artifact")
 
 
+def actors(command: Command) -> list[str]:
+    """What Ray runs for the command beside idle processes and its own agents, by the titles of processes."""
+    titles = []
+    for process in psutil.Process(command.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # an idle one, which Ray ends when it likes
+            titles.append(" ".join(process.cmdline()))
+    named = (re.match(r"ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent)(\w+)", title) for title in titles)
+    return [match[1] for match in named if match]
+
+
 def test_after_every_lost_worker_the_run_goes_on_and_is_the_unbroken_one(
     bench: Bench, unbroken: Path, start: Callable[..., Command]
 ):
@@ -81,6 +92,7 @@ def test_after_every_lost_worker_the_run_goes_on_and_is_the_unbroken_one(
     began = []
     for rank, step in ((1, 4), (0, total // 2 + 2), (1, total - 2)):  # epoch 0, epoch 1, and the last interval
         command.wait_for_step(run, step)
+        assert actors(command) == ["RayTrainWorker"] * 2, "each other one would cost an attempt a second"
         small_runs.kill_worker(run, rank)
         began.append(time.monotonic())
         reached = small_runs.last_step(run)

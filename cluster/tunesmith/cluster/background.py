@@ -19,7 +19,6 @@ class Background(threading.Thread):
         self.failure: Exception | None = None
 
     def run(self) -> None:
-        """Calls it."""
         try:
             self._work()
         except Exception as failure:  # noqa: BLE001 - judged by the thread that waits for this one

@@ -25,8 +25,8 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def uncompiled() -> None:
-    """Switches PyTorch's compiler off in this process, unless its user has decided; call before PyTorch is imported.
+def switch_off_compiler() -> None:
+    """Of PyTorch, in this process, unless its user has decided; call before PyTorch is imported.
 
     DeepSpeed's Muon and bitsandbytes compile functions when they are imported, which loads a compiler for a second or two.
     """

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.cluster import job_commands
-from tunesmith.cluster.imports import uncollected, uncompiled
+from tunesmith.cluster.imports import switch_off_compiler, uncollected
 from tunesmith.cluster.kube import commands as kube
 from tunesmith.serving import commands
 
@@ -100,7 +100,7 @@ def plan(
         raise UsageError(f"--as {work_as}: there are tunesmith and hf")
     where = parse_fleet(fleet, load_fleets(fleets), loaded.cluster.most_workers)
     gc.disable()  # importing makes a million objects that stay; the planner switches it on again before it simulates
-    uncompiled()  # a plan runs nothing that is compiled
+    switch_off_compiler()  # a plan runs nothing that is compiled
     from tunesmith.trainers.memory.geometry import geometry
     from tunesmith.trainers.memory.plan import make_plan
 
@@ -266,7 +266,7 @@ def _k8s_documents(wanted: kube.Wanted) -> list[dict[str, Any]]:
         from tunesmith.serving.kube import documents as service
 
         return service(wanted, weights_gib)
-    uncompiled()  # as in `plan`
+    switch_off_compiler()  # as in `plan`
     from tunesmith.trainers.kube import documents as job
 
     return job(wanted)

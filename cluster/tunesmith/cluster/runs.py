@@ -142,10 +142,8 @@ class RunFolder:
         # moved away first: workers that are being ended still beat, but only by the folder's name
         discarded = tempfile.mkdtemp(prefix=f".{self.name}-", dir=self.root.parent)
         self.root.rename(discarded)
-        with contextlib.suppress(OSError):  # a beat that was on its way landed in it, which can be so only once
-            shutil.rmtree(discarded)
-        if os.path.exists(discarded):
-            shutil.rmtree(discarded)
+        for _ in range(2):  # a beat that was on its way may have landed in it meanwhile
+            shutil.rmtree(discarded, ignore_errors=True)
         for parent in reversed(self._made[: self._made.index(self.root)]):
             with contextlib.suppress(OSError):  # another run lives there by now
                 parent.rmdir()
@@ -209,7 +207,7 @@ class RunFolder:
     def request_stop_of(self, attempt: int, why: str) -> None:
         """Asks the workers of an attempt to save the same step and stop; the first reason that is given stays."""
         file_of_it = self.attempt_stop_file(attempt)
-        file_of_it.parent.mkdir(parents=True, exist_ok=True)
+        file_of_it.parent.mkdir(exist_ok=True)
         with contextlib.suppress(FileExistsError), file_of_it.open("x") as file:
             file.write(why)
 
@@ -232,7 +230,7 @@ class RunFolder:
     def warn(self, attempt: int, text: str) -> None:
         """Tells whoever watches the run that something went wrong and that it goes on all the same."""
         path = self.warnings(attempt)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         MetricsLog(path).append({"text": text})
 
     def newest_step(self) -> int:

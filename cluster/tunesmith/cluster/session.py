@@ -50,7 +50,6 @@ TRAIN_SETTINGS = {
 """How Ray and Ray Train behave in our runs. Ray hands them on to workers."""
 
 LOCAL_SETTINGS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # of a few workers on this machine, cheaply
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: every port on the loopback interface only
@@ -107,17 +106,7 @@ class RaySession:
             ResourceError: Ray did not start, or no cluster answers at the address.
             LostHeadError: the head of the cluster that was joined does not answer.
         """
-        self.start()
-        self._ready.wait()
-        if self._failure is not None:
-            where = f"no Ray cluster could be joined at {self.address}" if self.address else "Ray did not start here"
-            raise ResourceError(
-                f"{where}: {self._failure}",
-                "Check the address, and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token."
-                if self.address
-                else "",
-            ) from self._failure
-        return [node.has(name) for node, name in self._named(ray_nodes())]
+        return [node.has(name) for node, name in self._named_nodes()]
 
     def staying_nodes(self) -> list[Node]:
         """As `nodes`, without those that are about to be taken away.
@@ -125,8 +114,7 @@ class RaySession:
         Raises:
             LostHeadError: the head does not answer.
         """
-        self.nodes()
-        return [node.has(name) for node, name in self._named(ray_nodes()) if not node.is_draining]
+        return [node.has(name) for node, name in self._named_nodes() if not node.is_draining]
 
     def free_nodes(self) -> list[Node]:
         """As `staying_nodes`, with what nobody uses now.
@@ -134,8 +122,7 @@ class RaySession:
         Raises:
             LostHeadError: the head does not answer.
         """
-        self.nodes()
-        return [node.has_free(name) for node, name in self._named(ray_nodes()) if not node.is_draining]
+        return [node.has_free(name) for node, name in self._named_nodes() if not node.is_draining]
 
     @property
     def head(self) -> str:
@@ -154,8 +141,19 @@ class RaySession:
         """Whether the head that answers knows what this process has joined; one that has forgotten it answers no request."""
         return cluster_id(self.head) == joined_cluster_id()
 
-    def _named(self, nodes: list[RayNode]) -> list[tuple[RayNode, str]]:
-        """Each with what a message calls it."""
+    def _named_nodes(self) -> list[tuple[RayNode, str]]:
+        """The live nodes, each with what a message calls it."""
+        self.start()
+        self._ready.wait()
+        if self._failure is not None:
+            where = f"no Ray cluster could be joined at {self.address}" if self.address else "Ray did not start here"
+            raise ResourceError(
+                f"{where}: {self._failure}",
+                "Check the address, and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token."
+                if self.address
+                else "",
+            ) from self._failure
+        nodes = ray_nodes()
         alone = self.local and len(nodes) == 1
         return [(node, "this machine" if alone else f"node {node.address}") for node in nodes]
 
@@ -247,6 +245,7 @@ class RaySession:
             # Ray 2.60 switches token authentication on for a Ray of its own. It would write a missing token to a file
             # that every user of the machine can read; a token in our environment stays with this user.
             wanted |= LOCAL_SETTINGS
+            wanted["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # it asks a few workers on this machine
             if not _token_exists():
                 wanted["RAY_AUTH_TOKEN"] = _own_token()
         elif _is_loopback(self.address):

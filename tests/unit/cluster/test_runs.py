@@ -102,7 +102,7 @@ def test_a_worker_that_still_beats_neither_hinders_discarding_nor_brings_the_fol
     worker = threading.Thread(target=beat)
     worker.start()
     try:
-        beating.wait(30)
+        assert beating.wait(30)
         assert all(run.discard_if_unused() for run in runs)
     finally:
         discarded.set()

@@ -103,7 +103,7 @@ def wait(cluster: Any, sizes: list[int], wait_s: float = 60, said: list[Any] | N
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunesmith.trainers.machines.POLL_S", 0.001)
     monkeypatch.setattr("tunesmith.trainers.machines.RELEASE_S", 0.05)
-    monkeypatch.setattr("tunesmith.trainers.machines.RELEASE_POLL_S", 0.001)
+    monkeypatch.setattr("tunesmith.trainers.machines.SOON_POLL_S", 0.001)
     monkeypatch.setattr("tunesmith.trainers.machines.RETRY_S", 0.05)
 
 

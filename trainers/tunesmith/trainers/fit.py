@@ -103,7 +103,7 @@ def fit(
     steps, warnings = MetricsTail(folder.metrics), MetricsTail(folder.warnings(attempt))
     head, more = None if inputs.local else HeadWatch(machines.session), machines.more_than(need.workers)
     watchman = Watchman(folder, attempt, need.workers, stall_s, head, recipe.cluster.is_elastic, more)
-    work = Background("ray-train", trainer.fit)  # the main thread watches, and is told of signals
+    work = Background("ray-train", trainer.fit)
     work.start()
     try:
         while work.is_alive() and watchman.lost_head is None:

@@ -30,21 +30,17 @@ from ray.train.v2.api.exceptions import ControllerError
 
 
 class _NoActor:
-    """Stands where a worker group starts an actor for what workers report to Ray Train, and ends it: ours report nothing."""
+    """In place of the actor through which workers agree on what they report to Ray Train: ours report nothing."""
 
     def options(self, **_: Any) -> _NoActor:
         return self
 
-    def remote(self, **_: Any) -> _NoActor:
-        return self
-
-    @staticmethod
-    def end(_: object) -> None:
-        pass
+    remote = options
 
 
+# For good, not for the time of a fit: threads of one process fit at once.
 worker_group.SynchronizationActor = _NoActor()  # pyright: ignore[reportPrivateImportUsage]
-state._shutdown_sync_actor = _NoActor.end
+state._shutdown_sync_actor = lambda _: None
 
 
 class _WorkerGroup(WorkerGroup):

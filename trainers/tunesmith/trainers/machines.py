@@ -15,12 +15,12 @@ from tunesmith.trainers.elastic import Growth, largest
 from tunesmith.trainers.stopping import StopSignals
 
 POLL_S = 2.0
-RELEASE_POLL_S = 0.05
-"""Between two looks while Ray may still take back what the workers of an attempt that is over had: a tenth of a second, mostly."""
+SOON_POLL_S = 0.1
+"""Between looks in the first `RETRY_S` seconds: mostly, Ray takes back what an attempt had within a tenth of a second."""
 RELEASE_S = 10.0
-"""Seconds within which it has."""
+"""Seconds within which Ray has given free what the workers of an attempt that is over had."""
 RETRY_S = 1.0
-"""Seconds until Ray looks again at workers for which it has found no room; asking later is sooner."""
+"""How long Ray leaves workers alone for which it has found no room: to ask before there is room costs more than to wait for it."""
 
 
 class Machines:
@@ -72,16 +72,16 @@ class Machines:
                 self.rejoin(on_event)
 
     def _wait(self, on_event: Listener) -> Need:
-        began, is_told, is_fixed = time.monotonic(), False, len(self.worlds) == 1
+        began, is_told = time.monotonic(), False
         while True:
             waited = time.monotonic() - began
             possible, room = largest(self.worlds, self._room(free=False)), self._room(free=True)
             now = largest(self.worlds, room)
-            if is_fixed and possible is not None and (now is not None or waited >= min(RETRY_S, self.wait_s)):
-                return self.need
-            if not is_fixed and now is not None and (now == possible or waited >= RELEASE_S):
+            if now is not None and (now == possible or waited >= RELEASE_S):
                 self._say_what_is_left(room, now, on_event)
                 return replace(self.need, workers=now)
+            if len(self.worlds) == 1 and possible is not None and waited >= min(RETRY_S, self.wait_s):
+                return self.need  # others use the machines, and Ray waits for them
             if waited >= self.wait_s:
                 raise WorkerError(
                     f"after {self.wait_s:.0f} s the cluster still lacks machines: {self._missing(room)}",
@@ -90,7 +90,7 @@ class Machines:
             if not is_told and (possible is None or waited >= RELEASE_S):
                 on_event(Note(f"waiting up to {self.wait_s:.0f} s for machines: {self._missing(room)}"))
                 is_told = True
-            self._pause("machines", RELEASE_POLL_S if waited < RETRY_S else POLL_S)
+            self._pause("machines", SOON_POLL_S if waited < RETRY_S else POLL_S)
 
     def rejoin(self, on_event: Listener) -> None:
         """Joins the cluster anew after a lost attempt, and waits for it: of a head that has died, this process has only what

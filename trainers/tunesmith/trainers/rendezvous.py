@@ -6,6 +6,7 @@ another in the controller, one after the other, before any worker may begin (abo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -75,7 +76,9 @@ def _save_when_terminated(run: str, attempt: int) -> None:
     folder = RunFolder(Path(run))
 
     def told(*_: object) -> None:
-        if folder.root.exists():  # a run that trained nothing is taken away while its workers are ended
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # a run that trained nothing is taken away while its workers are ended
             folder.request_stop_of(attempt, f"{who} was told to end (SIGTERM)")
 
     signal.signal(signal.SIGTERM, told)

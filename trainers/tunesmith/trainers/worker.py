@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.cluster.base import BaseRef
 from tunesmith.cluster.errors import StoppedError, TunesmithError
-from tunesmith.cluster.imports import uncollected, uncompiled
+from tunesmith.cluster.imports import switch_off_compiler, uncollected
 from tunesmith.cluster.runs import RunFolder
 from tunesmith.trainers.heartbeat import Heartbeat
 from tunesmith.trainers.outcome import AttemptOutcome, write_outcome
@@ -72,12 +72,12 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 def _train(settings: dict[str, Any], moved: Callable[[], None]) -> Outcome:
     backend, rank, world = settings["backend"], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # before the imports, which take seconds: who finds nobody there tries again only after a while
-    meeting = _listen() if rank == 0 else None
+    # before the imports, which take seconds: workers that find nobody listening retry only after a pause
+    meeting = _listen(world) if rank == 0 else None
     if backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that was not asked for is not used
-    uncompiled()
+    switch_off_compiler()
     with uncollected():
         import torch
         import torch.distributed as dist
@@ -106,15 +106,14 @@ def _train(settings: dict[str, Any], moved: Callable[[], None]) -> Outcome:
     return outcome
 
 
-def _listen() -> socket.socket:
-    """Where the workers meet: at MASTER_ADDR and MASTER_PORT.
+def _listen(world: int) -> socket.socket:
+    """The socket at which rank 0 will serve the store, at MASTER_ADDR and MASTER_PORT alone.
 
-    Rank 0 listens at that address alone. Left to itself, the store listens on every interface and serves whoever asks.
+    Left to itself, the store listens on every interface and serves whoever asks.
     """
     address = os.environ["MASTER_ADDR"]
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    backlog = max(128, int(os.environ["WORLD_SIZE"]))
-    return socket.create_server((address, int(os.environ["MASTER_PORT"])), family=family, backlog=backlog)
+    return socket.create_server((address, int(os.environ["MASTER_PORT"])), family=family, backlog=max(128, world))
 
 
 def _store(meeting: socket.socket | None, world: int, timeout: timedelta) -> Store:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NAMESPACE = "tunesmith-sweeps"
 ENVIRONMENT = {
-    "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes compiles functions when it is imported: a compiler loads for a second
+    "TORCHDYNAMO_DISABLE": "1",  # as in `switch_off_compiler`
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow down tenfold where others want the cores too
 }
 """Of a shared worker."""

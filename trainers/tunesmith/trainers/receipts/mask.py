@@ -46,7 +46,7 @@ def write_mask_receipt(
     """
     sources = [source.path for source in data.report.sources if source.role == "train"]
     receipt = inspect(data.train, packs, tokenizer, sources, turn_ends(data.report, tokenizer))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     write_atomic(folder / "mask.json", receipt.model_dump_json(indent=1))
     write_atomic(folder / "mask.html", page(receipt))
     if not receipt.passed:

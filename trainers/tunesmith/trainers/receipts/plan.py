@@ -65,7 +65,7 @@ def keep_measured(path: Path, meter: StepMeter) -> None:
     measured = Measured(device=meter.device.type, steps=meter.steps, workers=seen)
 
     def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         write_atomic(path, measured.model_dump_json())
 
     on_first(write)
@@ -99,7 +99,7 @@ def write_plan_receipt(folder: Path, recipe: Recipe, base: BaseRef, measured: Pa
             receipt = compare(
                 seen, lambda shape: _expected(recipe, base, shape, len(seen.workers), seen.device == "cuda")
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         write_atomic(folder / "plan.json", receipt.model_dump_json(indent=1))
 
     on_first(write)
