@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,13 @@ def test_a_run_trains_answers_at_once_when_finished_and_refuses_to_be_another(
     recipe["cluster"] |= {"timeout_s": 600, "memory_gib_per_worker": 0.1, "gpus_per_worker": 0}
     recipe["train"]["max_failures"] = 2
     events: list[Event] = []
-    result = launch.run(loaded(recipe, tmp_path), on_event=events.append)
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Step) and event.line["step"] == 2:  # slower than all that is left
+            next(one for one in threading.enumerate() if one.name == "ray-train").join(120)
+
+    result = launch.run(loaded(recipe, tmp_path), on_event=listen)
     assert result.steps == 4
     assert set(result.metrics) == {"train_loss", "eval_loss", "tokens_per_second"}
     verify(Path(result.artifact))

@@ -162,7 +162,7 @@ def test_the_winner_is_trained_anew_with_several_seeds(folder: Path, ray_session
             sharing.append([one for one in titles_below() if "Shell" in one])
 
     made = sweep.run(loaded(sweep_recipe(folder, "anew", **tune)), listen)
-    assert len(sharing) == 2 * 12, "steps of both seeds"
+    assert len(sharing) == 2 * 13, "12 steps of both seeds, and the base's loss before them"
     assert not any(sharing), "the workers that trials shared still hold what the winner is trained on"
     again = results(folder, "anew")["retrained"]
     assert again["seeds"] == [42, 43]

@@ -106,8 +106,10 @@ def fit(
     work = Background("ray-train", trainer.fit)
     work.start()
     try:
-        while work.is_alive() and watchman.lost_head is None:
+        is_over = False
+        while not is_over and watchman.lost_head is None:
             work.join(POLL_SECONDS)
+            is_over = not work.is_alive()  # asked before what it wrote is told: a listener may take its time
             signals.acknowledge(on_event)
             for line in warnings.lines():
                 on_event(Warned(line["text"]))
