@@ -111,10 +111,8 @@ def fit(
             work.join(POLL_SECONDS)
             is_over = not work.is_alive()  # asked before what it wrote is told: a listener may take its time
             signals.acknowledge(on_event)
-            for line in warnings.lines():
-                on_event(Warned(line["text"]))
-            for line in steps.lines():
-                on_event(Step(line))
+            for event in [*(Warned(line["text"]) for line in warnings.lines()), *map(Step, steps.lines())]:
+                on_event(event)
             watchman.look(on_event)
     finally:
         trainer.leave()
