@@ -30,6 +30,8 @@ REPLICA, DESK, GATEWAY, PROXY = (
 DEADLINE_S = 4.0
 LONG = {"model": "narrow", "messages": QUESTION, "max_tokens": 1900, "ignore_eos": True}
 """Takes seconds on a base that has one slot."""
+GREEDY: dict[str, Any] = {"max_tokens": 16, "temperature": 0}
+"""An answer that is always the same; a sampled one is now and then empty, which is no proposal."""
 WORK: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
 MOVES = """
 import sys, time
@@ -187,7 +189,7 @@ def test_a_client_that_leaves_the_queue_leaves_no_gap(service: Service, stream: 
 
 def test_a_proposer_that_is_given_up_while_it_waits_leaves_no_gap(service: Service) -> None:
     with long_answer(service):
-        answer = post(service, {"model": "impatient", "messages": QUESTION, "max_tokens": 4}, 30)
+        answer = post(service, {"model": "impatient", "messages": QUESTION, **GREEDY}, 30)
         assert answer.status_code == 200, answer.text
         assert answer.json()["mixture"]["timed_out"] == ["narrow"]
     assert first_token(service) < 2
@@ -248,14 +250,14 @@ def test_ten_times_the_load_that_can_be_answered(service: Service, seconds: int,
 def test_a_mixture_with_a_stalled_and_a_dead_proposer_answers_by_the_deadline(service: Service) -> None:
     client = service.client()
     began = time.monotonic()
-    answer = client.chat.completions.create(model="panel", messages=QUESTION, max_tokens=16)
+    answer = client.chat.completions.create(model="panel", messages=QUESTION, **GREEDY)
     assert time.monotonic() - began < DEADLINE_S + 2
     assert answer.choices[0].message.content
     assert answer.model_extra is not None
     mixture = answer.model_extra["mixture"]
     assert (mixture["timed_out"], mixture["failed"]) == (["a"], ["b"])
     assert mixture["answered_by"] == "aggregator"
-    chunks = list(client.chat.completions.create(model="panel", messages=QUESTION, max_tokens=16, stream=True))
+    chunks = list(client.chat.completions.create(model="panel", messages=QUESTION, stream=True, **GREEDY))
     flagged: Any = [one.model_extra for one in chunks if one.model_extra]
     assert flagged[-1]["mixture"]["timed_out"] == ["a"]
 
