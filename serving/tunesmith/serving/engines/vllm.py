@@ -146,8 +146,11 @@ class VllmEngine:
         return self.diary.take()
 
     async def check_health(self) -> None:
-        """Raises when vLLM's process has died."""
-        await self._engine.check_health()
+        """Ends this replica when vLLM's process has died: what asked it for an adapter just then would wait for ever."""
+        try:
+            await self._engine.check_health()
+        except EngineDeadError:
+            self._end()
 
     def stop(self) -> None:
         """Ends vLLM's process."""
