@@ -142,7 +142,8 @@ class RunFolder:
         # moved away first: workers that are being ended still beat, but only by the folder's name
         discarded = tempfile.mkdtemp(prefix=f".{self.name}-", dir=self.root.parent)
         self.root.rename(discarded)
-        for _ in range(2):  # a beat that was on its way may have landed in it meanwhile
+        # twice, for a beat that was on its way; what cannot be removed stays, hidden: the user is owed the reason to discard
+        for _ in range(2):
             shutil.rmtree(discarded, ignore_errors=True)
         for parent in reversed(self._made[: self._made.index(self.root)]):
             with contextlib.suppress(OSError):  # another run lives there by now

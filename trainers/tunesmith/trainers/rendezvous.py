@@ -76,9 +76,8 @@ def _save_when_terminated(run: str, attempt: int) -> None:
     folder = RunFolder(Path(run))
 
     def told(*_: object) -> None:
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # a run that trained nothing is taken away while its workers are ended
+        # a run that trained nothing is taken away while its workers are ended
+        with contextlib.suppress(FileNotFoundError):
             folder.request_stop_of(attempt, f"{who} was told to end (SIGTERM)")
 
     signal.signal(signal.SIGTERM, told)
